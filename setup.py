@@ -1,0 +1,32 @@
+"""Packaging; see README.md for the ways to install."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split("'")[1]
+    for line in (ROOT / 'e3va_mm/__init__.py').read_text().splitlines()
+    if line.startswith('__version__')
+)
+# The OpenMMLab packages exist under two names each (onedl-mmcv and mmcv, ...), and either serves. A plain install
+# therefore requires neither, nor torch: it must not replace what a user already has. The extras choose.
+ENGINE = ['torch>=2.1', 'onedl-mmengine>=0.10.8', 'onedl-mmcv>=2.3']
+SEG = [*ENGINE, 'onedl-mmsegmentation>=1.4', 'ftfy']
+DET = [*ENGINE, 'onedl-mmdetection>=3.5']
+TEST = ['pytest', 'pytest-xdist', 'ruff']
+
+setup(
+    name='e3va_mm',
+    version=VERSION,
+    description='Memory- and time-efficient fine-tuning of vision backbones for MMSegmentation and MMDetection',
+    long_description=(ROOT / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['e3va_mm', 'e3va_mm.*']),
+    package_data={'e3va_mm': ['weights/*.pth', 'weights/*.md']},
+    python_requires='>=3.10',
+    install_requires=['safetensors'],
+    extras_require={'seg': SEG, 'det': DET, 'test': TEST, 'all': sorted({*SEG, *DET, *TEST})},
+)
