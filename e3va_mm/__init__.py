@@ -1,0 +1,13 @@
+"""e3va_mm: memory- and time-efficient fine-tuning of vision backbones for OpenMMLab.
+
+Importing the package registers its modules with mmengine; neither mmseg nor mmdet is imported.
+"""
+
+from .compat import declare_torchvision_ops, resolve_config_scopes
+
+declare_torchvision_ops()
+resolve_config_scopes()
+
+from . import backbones, embedded, hooks  # noqa: E402, F401
+
+__version__ = '0.1.0'

@@ -1,0 +1,193 @@
+"""What every wrapper around a frozen backbone shares: freezing, its base weights, adapter-only checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import initialize
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..freezing import describe_difference, fingerprint, freeze, frozen_tensors, named_tensors
+from ..taps import build_taps, supported_backbones
+from .base_weights import CheckpointMismatchError, load_base_weights, names_weights
+
+FINGERPRINT = 'base_fingerprint'
+_FROZEN_DTYPES = {None: None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+
+
+class FrozenBackbone(BaseModule):
+    """A stock backbone, frozen, whose checkpoints hold everything but it.
+
+    The base weights come from the backbone's own ``init_cfg``. They are loaded by ``init_weights`` (training) or
+    with the first checkpoint (test, resume, ``init_model``), whichever comes first. The state dict holds the trained
+    parameters and, under ``base_fingerprint``, a fingerprint of the base; it refuses to load onto another base.
+
+    Args:
+        backbone: config of the stock backbone, its ``init_cfg`` included, or a built module.
+        trained: names of the base parameters that are trained after all.
+        frozen_dtype: 'float16' or 'bfloat16' keeps the frozen matrices in that type and runs the frozen forward
+            under autocast to it, whatever the rest of the model runs in; ``None`` leaves both as they are.
+        init_cfg: mmengine initialisation of the wrapper itself, e.g. ``dict(type='Pretrained', checkpoint=...)``
+            with a trained adapter.
+
+    Raises:
+        KeyError, TypeError: ``backbone`` names no registered or no supported type.
+        ValueError: ``frozen_dtype`` is none of the above.
+    """
+
+    def __init__(
+        self, backbone: dict | nn.Module, frozen_dtype: str | None = None, init_cfg: dict | None = None
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        self.frozen_dtype = parse_dtype('frozen_dtype', frozen_dtype, _FROZEN_DTYPES)
+        self.backbone = backbone if isinstance(backbone, nn.Module) else _build(backbone)
+        self.taps = build_taps(self.backbone)
+        self._trained_base: set[str] = set()
+        self._base_is_loaded = False
+        self._base_record: dict[str, Tensor] = {}
+        self._register_state_dict_hook(_drop_base)
+
+    def freeze_base(self, trained: set[str] = frozenset()) -> None:
+        """Freezes all of the base but the parameters named in ``trained``; constructors end with this call.
+
+        Freezing belongs to construction: optimizers with ``paramwise_cfg`` are built before weights are loaded.
+        """
+        self._trained_base = set(trained)
+        freeze(self.backbone, self._trained_base)
+        if self.frozen_dtype:
+            for tensor in self._frozen_tensors().values():
+                # Norms and biases are a few kilobytes: their rounding would cost accuracy and save nothing.
+                if tensor.is_floating_point() and tensor.ndim > 1:
+                    tensor.data = tensor.data.to(self.frozen_dtype)
+
+    def train(self, mode: bool = True) -> FrozenBackbone:
+        """Sets the mode of the trained part; the frozen part stays in eval (no dropout, fixed statistics)."""
+        super().train(mode)
+        # mmdet's SwinTransformer.train returns None, so nothing may be chained on it.
+        self.backbone.eval()
+        return self
+
+    @contextlib.contextmanager
+    def frozen_forward(self, images: Tensor):
+        """Context of every call into the base: autocast to ``frozen_dtype``, where one is set."""
+        if self.frozen_dtype is None:
+            yield
+        else:
+            with torch.autocast(images.device.type, dtype=self.frozen_dtype):
+                yield
+
+    def init_weights(self) -> None:
+        """Loads the base (once), then applies the wrapper's own ``init_cfg``."""
+        if not self._base_is_loaded:
+            self.load_base()
+        if self.init_cfg:
+            initialize(self, self.init_cfg)
+
+    def load_base(self) -> None:
+        """Loads the base weights from ``backbone.init_cfg``, in place; without one, draws them at random.
+
+        Raises:
+            FileNotFoundError, CheckpointMismatchError: see :func:`.base_weights.load_base_weights`.
+        """
+        # The fingerprint is of the weights as published, so reduced precision is applied to a copy of them.
+        staging = copy.deepcopy(self.backbone).float() if self.frozen_dtype else self.backbone
+        if names_weights(self.backbone):
+            load_base_weights(staging, optional=set(self.taps.norm_names))
+        else:
+            message = 'backbone.init_cfg names no weights: the frozen base is random, and no checkpoint will hold it'
+            print_log(message, logger='current', level=logging.WARNING)
+            staging.init_weights()
+        self._base_record['fingerprint'] = fingerprint(frozen_tensors(staging, self._trained_base))
+        if staging is not self.backbone:
+            with torch.no_grad():
+                for tensor, value in zip(named_tensors(self.backbone).values(), named_tensors(staging).values()):
+                    tensor.copy_(value)
+        self._base_is_loaded = True
+
+    def base_fingerprint(self) -> Tensor:
+        """(number of frozen tensors,) int64; see :func:`e3va_mm.freezing.fingerprint`."""
+        if 'fingerprint' in self._base_record:
+            return self._base_record['fingerprint']
+        # Until the base is loaded its values may change, so nothing is recorded here.
+        return fingerprint(self._frozen_tensors())
+
+    def _frozen_tensors(self) -> dict[str, Tensor]:
+        return frozen_tensors(self.backbone, self._trained_base)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        # mmengine loads with strict=False and only logs what does not fit, so the checks are made here.
+        given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        found = given.pop(FINGERPRINT, None)
+        self._check_keys(given)
+        if not self._base_is_loaded and names_weights(self.backbone):
+            self.load_base()
+        self._check_base(found)
+        state_dict.pop(prefix + FINGERPRINT)
+        # The children load next, from the same dict: the base is given back what it holds.
+        state_dict.update({f'{prefix}backbone.{name}': value for name, value in self._frozen_tensors().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_keys(self, given: dict[str, Tensor]) -> None:
+        expected = self.state_dict()
+        del expected[FINGERPRINT]
+        problems = [f'{key} is missing' for key in expected if key not in given]
+        problems += [f'{key} is foreign' for key in given if key not in expected]
+        problems += [
+            f'{key} is {tuple(given[key].shape)} in the checkpoint, {tuple(value.shape)} in this model'
+            for key, value in expected.items()
+            if key in given and given[key].shape != value.shape
+        ]
+        if problems:
+            listed = '; '.join(problems[:8]) + ('; …' if len(problems) > 8 else '')
+            raise CheckpointMismatchError(
+                f'the checkpoint does not fit this {type(self).__name__}, {len(problems)} differences: {listed}'
+            )
+
+    def _check_base(self, found: Tensor | None) -> None:
+        if found is None:
+            raise CheckpointMismatchError(f'{FINGERPRINT} is missing: the checkpoint was not saved by this wrapper')
+        difference = describe_difference(found.cpu(), self.base_fingerprint(), list(self._frozen_tensors()))
+        if difference:
+            raise CheckpointMismatchError(
+                f'the checkpoint belongs to another frozen base: {difference}; '
+                f"this model's base is given by backbone.init_cfg={self.backbone.init_cfg}"
+            )
+
+    def __deepcopy__(self, memo: dict) -> FrozenBackbone:
+        # An averaged copy (EMAHook) never changes the base, so it shares its memory and its record.
+        memo[id(self._base_record)] = self._base_record
+        for tensor in self._frozen_tensors().values():
+            alias = tensor.data
+            memo[id(tensor)] = nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
+        clone = memo[id(self)] = type(self).__new__(type(self))
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+
+def parse_dtype(option: str, value: str | None, allowed: dict) -> torch.dtype | None:
+    """The dtype that an option's value stands for, or a ValueError that names both."""
+    if value not in allowed:
+        raise ValueError(f'{option} must be one of {list(allowed)}, got {value!r}')
+    return allowed[value]
+
+
+def _build(config: dict) -> nn.Module:
+    try:
+        return MODELS.build(config)
+    except KeyError as error:
+        raise KeyError(
+            f'backbone.type {config.get("type")!r} can not be built; supported are {supported_backbones()} ({error})'
+        ) from error
+
+
+def _drop_base(wrapper: FrozenBackbone, state_dict: dict, prefix: str, _) -> None:
+    """State-dict hook; a function rather than a method, so that it follows a deep copy to the copy's own base."""
+    for name in wrapper._frozen_tensors():
+        state_dict.pop(f'{prefix}backbone.{name}', None)
+    state_dict[prefix + FINGERPRINT] = wrapper.base_fingerprint()
