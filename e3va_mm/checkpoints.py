@@ -1,0 +1,130 @@
+"""Reading, finding and publishing checkpoints: as weights only, and never trusting that a file is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer, print_log
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint file is truncated, not a checkpoint, or would run code when loaded."""
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Loads a checkpoint onto the CPU without running any code from it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedCheckpointError: the file can not be read, or holds more than data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'checkpoint {path} does not exist')
+    try:
+        with _mmengine_types():
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        size = path.stat().st_size
+        raise DamagedCheckpointError(
+            f'checkpoint {path} ({size} bytes) is damaged or unsafe to load: {str(error).splitlines()[0]}'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise DamagedCheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__}, not a state dict')
+    return checkpoint
+
+
+def _mmengine_types():
+    """Lets stock checkpoints load too: they hold NumPy arrays in mmengine's HistoryBuffer."""
+    try:
+        from mmengine.runner.checkpoint import get_torch_safe_globals
+    except ImportError:
+        return contextlib.nullcontext()
+    return torch.serialization.safe_globals(get_torch_safe_globals())
+
+
+def latest_checkpoint(work_dir: str | Path) -> Path | None:
+    """The newest checkpoint in ``work_dir`` that can be read; damaged ones are skipped with a warning."""
+    work_dir = Path(work_dir)
+    numbered = {path: int(path.stem.split('_')[1]) for path in work_dir.glob('*.pth') if _is_numbered(path)}
+    for path in sorted(numbered, key=numbered.get, reverse=True):
+        try:
+            read_checkpoint(path)
+            return path
+        except DamagedCheckpointError as error:
+            print_log(f'{error}; trying the one before', logger='current', level=30)
+    return None
+
+
+def _is_numbered(path: Path) -> bool:
+    return re.fullmatch(r'(iter|epoch)_\d+', path.stem) is not None
+
+
+def to_plain(value):
+    """``value`` with NumPy types and mmengine's HistoryBuffers as tensors and numbers, which load as weights only."""
+    if isinstance(value, HistoryBuffer):
+        log, counts = (torch.as_tensor(np.asarray(part, dtype=np.float64)) for part in value.data)
+        return {'history_buffer': log, 'counts': counts, 'max_length': value.max_length}
+    if isinstance(value, np.ndarray):
+        return torch.as_tensor(value) if value.dtype.kind in 'biuf' else value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return type(value)((key, to_plain(item)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(to_plain(item) for item in value)
+    return value
+
+
+def restore_history(message_hub: dict) -> None:
+    """Rebuilds, in place, the HistoryBuffers that :func:`to_plain` took apart."""
+    scalars = message_hub.get('log_scalars', {})
+    for name, value in scalars.items():
+        if isinstance(value, dict) and 'history_buffer' in value:
+            log, counts = value['history_buffer'].tolist(), value['counts'].tolist()
+            scalars[name] = HistoryBuffer(log, counts, value['max_length'])
+
+
+def publish(checkpoint: str | Path, target: str | Path) -> None:
+    """Writes the trained weights of a checkpoint, its fingerprint and its config as one safetensors file.
+
+    Raises:
+        ValueError: the checkpoint holds no fingerprint, so it is no adapter checkpoint.
+    """
+    content = read_checkpoint(checkpoint)
+    state = content.get('state_dict', {})
+    if not any(key.endswith('base_fingerprint') for key in state):
+        raise ValueError(f'{checkpoint} is no adapter checkpoint: it has no base_fingerprint')
+    meta = content.get('meta', {})
+    metadata = {
+        'format': 'pt',
+        'config': meta.get('cfg', ''),
+        'dataset_meta': json.dumps(to_plain(meta.get('dataset_meta')), default=list),
+    }
+    save_file({key: value.contiguous() for key, value in state.items()}, target, metadata)
+
+
+def unpublish(published: str | Path, target: str | Path) -> None:
+    """Writes a file from :func:`publish` as a checkpoint for ``tools/test.py``, ``init_model`` and ``load_from``.
+
+    Raises:
+        FileNotFoundError, DamagedCheckpointError: the file is missing, or no whole safetensors file.
+    """
+    if not Path(published).is_file():
+        raise FileNotFoundError(f'{published} does not exist')
+    try:
+        with safe_open(published, framework='pt') as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise DamagedCheckpointError(f'{published} can not be read: {error}') from error
+    meta = {'cfg': metadata.get('config', ''), 'dataset_meta': json.loads(metadata.get('dataset_meta', 'null'))}
+    torch.save({'state_dict': state, 'meta': meta}, target)

@@ -1,0 +1,146 @@
+"""Checkpoints that survive interruption, load as weights only, and resume to the bit."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner.base_loop import BaseLoop
+from mmengine.runner.checkpoint import get_state_dict
+
+from ..backbones import CheckpointMismatchError
+from ..backbones.base import FINGERPRINT
+from ..checkpoints import restore_history, to_plain
+
+
+class AtomicLocalBackend(LocalBackend):
+    """Local files that appear under their name only when they are whole."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f'{path.name}.partial')
+        with open(partial, 'wb') as file:
+            file.write(obj)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+register_backend('AtomicLocalBackend', AtomicLocalBackend, force=True)
+
+
+class _DelayedRemoval:
+    """A file backend whose removals wait for :meth:`flush`: mmengine removes old checkpoints before saving new ones."""
+
+    def __init__(self, backend) -> None:
+        self._backend, self._pending = backend, []
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def remove(self, path) -> None:
+        self._pending.append(path)
+
+    def flush(self) -> None:
+        while self._pending:
+            path = self._pending.pop()
+            if self._backend.isfile(path):
+                self._backend.remove(path)
+
+
+@HOOKS.register_module()
+class AdapterCheckpointHook(CheckpointHook):
+    """mmengine's CheckpointHook, made safe; all of its options stay. ``tools/train.py`` puts it in its place.
+
+    - A checkpoint appears under its name only when it is complete, and the one before is removed only then, so an
+      interruption at any moment leaves a good one.
+    - It holds tensors, numbers and strings alone, so that ``torch.load(..., weights_only=True)`` reads it.
+    - It holds the state of the random number generators, so that resuming repeats the uninterrupted run to the bit
+      on the CPU (with ``num_workers=0``: worker processes restart with their own seeds).
+    - Resuming or testing an adapter raises when any key of the model is missing or foreign, heads included.
+    """
+
+    _random_state: dict | None = None
+
+    def before_train(self, runner) -> None:
+        is_local = '://' not in str(self.out_dir or runner.work_dir)
+        if is_local and self.backend_args is None and self.file_client_args is None:
+            self.backend_args = dict(backend='AtomicLocalBackend')
+        super().before_train(runner)
+        self.file_backend = _DelayedRemoval(self.file_backend)
+        _seed_privately(runner.train_dataloader)
+        if self._random_state:
+            _set_random_state(self._random_state)
+            self._random_state = None
+
+    def before_val(self, runner) -> None:
+        _seed_privately(runner.val_dataloader)
+
+    def _save_checkpoint_with_step(self, runner, step, meta) -> None:
+        super()._save_checkpoint_with_step(runner, step, meta)
+        self.file_backend.flush()
+
+    def _save_best_checkpoint(self, runner, metrics) -> None:
+        super()._save_best_checkpoint(runner, metrics)
+        self.file_backend.flush()
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        for key in ('meta', 'message_hub', 'param_schedulers'):
+            if key in checkpoint:
+                checkpoint[key] = to_plain(checkpoint[key])
+        checkpoint['random_state'] = _get_random_state()
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        restore_history(checkpoint.get('message_hub', {}))
+        # In a test run the training loop is never built; a `load_from` in training may change the head.
+        if runner._resume or not isinstance(runner._train_loop, BaseLoop):
+            _check_all_keys(runner.model, checkpoint.get('state_dict', checkpoint))
+        if runner._resume:
+            self._random_state = checkpoint.get('random_state')
+
+
+def _check_all_keys(model, state_dict: dict) -> None:
+    while is_model_wrapper(model) or type(model).__name__.endswith('TTAModel'):
+        model = model.module
+    expected = get_state_dict(model).keys()
+    if not any(key.endswith(FINGERPRINT) for key in expected):
+        return
+    missing, foreign = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
+    if missing or foreign:
+        raise CheckpointMismatchError(
+            f'the checkpoint does not fit the model: {len(missing)} keys missing {missing[:5]}, '
+            f'{len(foreign)} keys foreign {foreign[:5]}'
+        )
+
+
+def _seed_privately(dataloader) -> None:
+    """Keeps the start of a data iterator, which draws a seed, from moving the global generator."""
+    if dataloader.generator is None:
+        dataloader.generator = torch.Generator()
+
+
+def _get_random_state() -> dict:
+    algorithm, keys, *position = np.random.get_state()
+    return {
+        'python': random.getstate(),
+        'numpy': (algorithm, torch.from_numpy(keys.astype(np.int64)), *position),
+        'torch': torch.get_rng_state(),
+        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: dict) -> None:
+    algorithm, keys, *position = state['numpy']
+    random.setstate(state['python'])
+    np.random.set_state((algorithm, keys.cpu().numpy().astype(np.uint32), *position))
+    torch.set_rng_state(state['torch'].cpu())
+    if len(state['cuda']) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([generator.cpu() for generator in state['cuda']])

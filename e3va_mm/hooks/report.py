@@ -1,0 +1,133 @@
+"""What a run costs: trainable parameters by part, peak memory and step time."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from mmengine.dist import all_reduce, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from torch import nn
+
+MIB = 2**20
+
+
+def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Trainable and frozen parameters by part.
+
+    Returns:
+        ``{part: {'trainable': n, 'frozen': n}}`` for the parts backbone, highway (the adapters), neck and head.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        part = counts.setdefault(_part_of(name), {'trainable': 0, 'frozen': 0})
+        part['trainable' if parameter.requires_grad else 'frozen'] += parameter.numel()
+    return counts
+
+
+def _part_of(name: str) -> str:
+    top, _, rest = name.partition('.')
+    if top == 'backbone' and rest.startswith('highway.'):
+        return 'highway'
+    return top if top in ('backbone', 'neck') else 'head'
+
+
+def format_table(counts: dict[str, dict[str, int]]) -> str:
+    """The counts as an aligned table with a row a part and a total."""
+    total = {kind: sum(part[kind] for part in counts.values()) for kind in ('trainable', 'frozen')}
+    lines = [f'{"part":<10}{"trainable":>14}{"frozen":>14}{"trainable %":>13}']
+    for part, count in [*counts.items(), ('total', total)]:
+        share = 100 * count['trainable'] / max(1, count['trainable'] + count['frozen'])
+        lines.append(f'{part:<10}{count["trainable"]:>14,}{count["frozen"]:>14,}{share:>13.2f}')
+    return '\n'.join(lines)
+
+
+@HOOKS.register_module()
+class ParameterTableHook(Hook):
+    """Logs one table of trainable and frozen parameters by part when training starts."""
+
+    def before_train(self, runner) -> None:
+        counts = count_parameters(_unwrap(runner.model))
+        runner.logger.info(f'Parameters by part\n{format_table(counts)}')
+
+
+@HOOKS.register_module()
+class ResourceReportHook(Hook):
+    """Logs peak memory and step time as scalars, and writes ``run_report.json`` beside the checkpoints.
+
+    Memory is the peak of allocated CUDA memory since the start of training; without CUDA, the peak resident set of
+    the process. A step is forward, backward and optimizer, without the wait for data.
+
+    Args:
+        warmup: steps at the start that the report's step time leaves out.
+    """
+
+    # Before LoggerHook (BELOW_NORMAL): mmengine resets CUDA's peak at every log.
+    priority = 'NORMAL'
+
+    def __init__(self, warmup: int = 10) -> None:
+        self.warmup = warmup
+        self.peak_bytes = 0
+        self.step_seconds: list[float] = []
+
+    def before_train(self, runner) -> None:
+        self.peak_bytes, self.step_seconds = 0, []
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        self._started = time.perf_counter()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        # RuntimeInfoHook has just read the losses, and with that has waited for the device.
+        self.step_seconds.append(time.perf_counter() - self._started)
+        self.peak_bytes = max(self.peak_bytes, _peak_bytes())
+        runner.message_hub.update_scalar('train/peak_memory_mib', self.peak_bytes / MIB)
+        runner.message_hub.update_scalar('train/step_seconds', self.step_seconds[-1])
+
+    def after_train(self, runner) -> None:
+        peak = torch.tensor(float(self.peak_bytes))
+        all_reduce(peak, op='max')
+        if is_main_process() and self.step_seconds:
+            path = Path(runner.work_dir, 'run_report.json')
+            path.write_text(json.dumps(self._report(runner, peak.item()), indent=2) + '\n')
+            runner.logger.info(f'Peak memory and step time are in {path}')
+
+    def _report(self, runner, peak_bytes: float) -> dict:
+        steps = self.step_seconds[self.warmup :] or self.step_seconds
+        cuda = torch.cuda.is_available()
+        return {
+            'config': Path(runner.cfg.filename or '').name,
+            'device': torch.cuda.get_device_name() if cuda else 'cpu',
+            'num_devices': runner.world_size,
+            'torch': torch.__version__,
+            'batch_size': runner.train_dataloader.batch_size,
+            'num_steps': len(self.step_seconds),
+            'peak_memory_mib': round(peak_bytes / MIB, 1),
+            'peak_memory_kind': 'cuda allocated' if cuda else 'process resident set',
+            'step_seconds_median': round(statistics.median(steps), 5),
+            'step_seconds_spread': [round(min(steps), 5), round(max(steps), 5)],
+            'parameters': count_parameters(_unwrap(runner.model)),
+            'checkpoint_bytes': _last_checkpoint_bytes(runner),
+        }
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _last_checkpoint_bytes(runner) -> int | None:
+    path = runner.message_hub.get_info('last_ckpt') if 'last_ckpt' in runner.message_hub.runtime_info else None
+    return Path(path).stat().st_size if path and Path(path).is_file() else None
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
