@@ -1,0 +1,119 @@
+"""What the command-line tools share: one pair for both toolboxes, steered by the config's ``default_scope``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+from mmengine.runner import Runner
+
+SCOPES = ('mmseg', 'mmdet')
+
+
+@MODEL_WRAPPERS.register_module()
+class CPUDistributedDataParallel(MMDistributedDataParallel):
+    """mmengine's DDP wrapper without the device ids that it always passes, and that torch refuses on the CPU."""
+
+    def __init__(self, module, device_ids=None, **kwargs) -> None:
+        super().__init__(module, **kwargs)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that mmseg's and mmdet's own train and test tools both have."""
+    parser.add_argument('--work-dir', help='folder for logs and results; default: ./work_dirs/CONFIG_NAME')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='overrides of the config, key=value; lists as key="[a,b]" or key=a,b, without spaces',
+    )
+    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help='job launcher')
+    # torchrun sets the environment variable instead; torch.distributed.launch passes the flag.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config of a tool run, with the command line's overrides, and its folders and devices checked.
+
+    Raises:
+        FileNotFoundError, ValueError: the config or the toolbox it asks for is missing.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not Path(args.config).is_file():
+        raise FileNotFoundError(f'config {args.config} does not exist')
+    config = Config.fromfile(args.config)
+    if args.cfg_options:
+        config.merge_from_dict(args.cfg_options)
+    if config.get('default_scope') not in SCOPES:
+        raise ValueError(f'default_scope must be one of {SCOPES}, {args.config} has {config.get("default_scope")!r}')
+    config.launcher = args.launcher
+    config.work_dir = args.work_dir or config.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    _protect_checkpoints(config)
+    if args.launcher == 'pytorch' and not torch.cuda.is_available():
+        _distribute_on_cpu(config)
+    return config
+
+
+def build_runner(config: Config) -> Runner:
+    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def enable_amp(config: Config) -> None:
+    """Switches the optimizer wrapper to AMP; its dtype (fp16 by default) is ``optim_wrapper.dtype``.
+
+    Raises:
+        ValueError: no CUDA device, or the config's wrapper is of a type that can not be switched.
+    """
+    wrapper = config.optim_wrapper
+    if not torch.cuda.is_available():
+        raise ValueError(
+            '--amp needs a CUDA device; on the CPU, model.backbone.frozen_dtype=bfloat16 runs the backbone in bf16'
+        )
+    if wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise ValueError(f"--amp can not change optim_wrapper.type={wrapper.type!r}; use 'OptimWrapper'")
+    wrapper.type = 'AmpOptimWrapper'
+    wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def run_float32_ops(config: Config) -> None:
+    """Adds the hook that heads need under bfloat16 autocast, where the config asks for that."""
+    if config.optim_wrapper.get('dtype') == 'bfloat16':
+        config.custom_hooks = [*config.get('custom_hooks', []), dict(type='Float32OpsHook')]
+
+
+def check_data(config: Config, *loaders: str) -> None:
+    """Makes sure that the data folders of the named dataloaders exist.
+
+    Raises:
+        FileNotFoundError: names the config key and the folder.
+    """
+    for loader in loaders:
+        if config.get(loader):
+            _check_dataset(config[loader].dataset, f'{loader}.dataset')
+
+
+def _check_dataset(dataset: dict, key: str) -> None:
+    inner = dataset.get('datasets') or ([dataset.dataset] if 'dataset' in dataset else [])
+    for index, child in enumerate(inner):
+        _check_dataset(child, f'{key}.datasets[{index}]' if 'datasets' in dataset else f'{key}.dataset')
+    root = dataset.get('data_root')
+    if root and '://' not in root and not dataset.get('backend_args') and not Path(root).is_dir():
+        raise FileNotFoundError(f'{key}.data_root={root!r} is no folder (working directory: {Path.cwd()})')
+
+
+def _protect_checkpoints(config: Config) -> None:
+    """Puts AdapterCheckpointHook, a superset of it, in the place of the stock checkpoint hook."""
+    hook = config.setdefault('default_hooks', {}).setdefault('checkpoint', dict(type='CheckpointHook'))
+    if hook.get('type') == 'CheckpointHook':
+        hook['type'] = 'AdapterCheckpointHook'
+
+
+def _distribute_on_cpu(config: Config) -> None:
+    """mmengine's launchers assume an accelerator; on CPUs the process group (gloo) is set up here."""
+    torch.distributed.init_process_group('gloo')
+    config.model_wrapper_cfg = dict(type='CPUDistributedDataParallel', broadcast_buffers=False)

@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Draws a model's masks or boxes on an image, or on every image of a folder."""
+
+import argparse
+from pathlib import Path
+
+import mmcv
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import VISUALIZERS, init_default_scope
+
+import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
+from e3va_mm.checkpoints import read_checkpoint
+
+IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('image', help='image file or folder of images')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out-dir', required=True, help='folder for the pictures')
+    parser.add_argument('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--score-thr', type=float, default=0.3, help='lowest score of a box that is drawn')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides of the config, key=value')
+    return parser.parse_args()
+
+
+def find_images(path: str) -> list[Path]:
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f'image {path} does not exist')
+    images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGES) if path.is_dir() else [path]
+    if not images:
+        raise FileNotFoundError(f'folder {path} holds no image ({", ".join(IMAGES)})')
+    return images
+
+
+def load_model(config: Config, checkpoint: str, device: str):
+    """A model with the function that applies it to an image path, and the drawing options of its toolbox."""
+    if config.default_scope == 'mmseg':
+        from mmseg.apis import inference_model, init_model
+
+        return init_model(config, checkpoint, device), inference_model
+    from mmdet.apis import inference_detector, init_detector
+
+    return init_detector(config, checkpoint, device=device), inference_detector
+
+
+def main() -> None:
+    args = parse_args()
+    images = find_images(args.image)
+    config = Config.fromfile(args.config)
+    config.merge_from_dict(args.cfg_options or {})
+    read_checkpoint(args.checkpoint)  # Says clearly what is wrong with it before anything is built.
+    init_default_scope(config.default_scope)
+    model, infer = load_model(config, args.checkpoint, args.device)
+    visualizer = VISUALIZERS.build(config.visualizer)
+    visualizer.dataset_meta = model.dataset_meta
+    options = (
+        {'pred_score_thr': args.score_thr}
+        if config.default_scope == 'mmdet'
+        else {'with_labels': False, 'with_image': True}
+    )
+    for path in images:
+        target = Path(args.out_dir, f'{path.stem}.png')
+        visualizer.add_datasample(
+            path.name,
+            mmcv.imread(path, channel_order='rgb'),
+            data_sample=infer(model, str(path)),
+            draw_gt=False,
+            out_file=str(target),
+            **options,
+        )
+        print(target)
+
+
+if __name__ == '__main__':
+    main()

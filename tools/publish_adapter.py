@@ -1,0 +1,24 @@
+#!/usr/bin/env python
+"""Turns a checkpoint into a small safetensors file with its config and base fingerprint, or such a file back."""
+
+import argparse
+from pathlib import Path
+
+from e3va_mm.checkpoints import publish, unpublish
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('source', help='a .pth checkpoint, or a .safetensors file to turn back')
+    parser.add_argument('target', help='a .safetensors file, or a .pth checkpoint')
+    args = parser.parse_args()
+    suffixes = (Path(args.source).suffix, Path(args.target).suffix)
+    directions = {('.pth', '.safetensors'): publish, ('.safetensors', '.pth'): unpublish}
+    if suffixes not in directions:
+        raise ValueError(f'{args.source} -> {args.target}: give .pth and .safetensors, or .safetensors and .pth')
+    directions[suffixes](args.source, args.target)
+    print(f'{args.target}: {Path(args.target).stat().st_size / 2**20:.2f} MiB')
+
+
+if __name__ == '__main__':
+    main()

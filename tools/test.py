@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Evaluates a checkpoint with any mmseg or mmdet config; the config's default_scope decides which toolbox runs it."""
+
+import argparse
+from copy import deepcopy
+
+from mmengine.config import Config, ConfigDict
+
+from e3va_mm.checkpoints import read_checkpoint
+from e3va_mm.launch import add_common_arguments, build_runner, check_data, load_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='predictions: a folder for segmentation, a .pkl file for detection')
+    parser.add_argument('--show', action='store_true', help='show predictions in a window')
+    parser.add_argument('--show-dir', help='folder for pictures of the predictions')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds between windows')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def show_predictions(config: Config, args: argparse.Namespace) -> None:
+    hook = config.default_hooks.get('visualization')
+    if hook is None:
+        raise ValueError('--show and --show-dir need default_hooks.visualization in the config')
+    hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+    if args.show_dir and config.default_scope == 'mmdet':
+        hook.test_out_dir = args.show_dir
+    elif args.show_dir:
+        config.visualizer.save_dir = args.show_dir
+
+
+def augment_test_time(config: Config) -> None:
+    if config.default_scope == 'mmdet':
+        config.setdefault('tta_model', default_detection_tta_model())
+        config.setdefault('tta_pipeline', flipped(config.test_dataloader.dataset))
+    missing = [key for key in ('tta_model', 'tta_pipeline') if key not in config]
+    if missing:
+        raise ValueError(f'--tta needs {missing} in the config')
+    config.test_dataloader.dataset.pipeline = config.tta_pipeline
+    config.model = ConfigDict(**config.tta_model, module=config.model)
+
+
+def default_detection_tta_model() -> dict:
+    return dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+
+
+def flipped(dataset: dict) -> list[dict]:
+    """The test pipeline run twice, the second time mirrored."""
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    *transforms, pack = deepcopy(dataset['pipeline'])
+    pack['meta_keys'] = (*pack.get('meta_keys', ()), 'flip', 'flip_direction')
+    flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+    return [*transforms, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+
+
+def dump_detections(runner, path: str) -> None:
+    from mmdet.evaluation import DumpDetResults
+
+    runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=path))
+
+
+def main() -> None:
+    args = parse_args()
+    config = load_config(args)
+    check_data(config, 'test_dataloader')
+    is_detection = config.default_scope == 'mmdet'
+    if args.out and is_detection and not args.out.endswith(('.pkl', '.pickle')):
+        raise ValueError(f'--out={args.out} must end in .pkl or .pickle for detection')
+    if '://' not in args.checkpoint:
+        read_checkpoint(args.checkpoint)  # Says clearly what is wrong with it before anything is built.
+    config.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        show_predictions(config, args)
+    if args.tta:
+        augment_test_time(config)
+    if args.out and not is_detection:
+        config.test_evaluator.update(output_dir=args.out, keep_results=True)
+    runner = build_runner(config)
+    if args.out and is_detection:
+        dump_detections(runner, args.out)
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()

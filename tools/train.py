@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""Trains any mmseg or mmdet config; the config's default_scope decides which toolbox runs it."""
+
+import argparse
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+
+from e3va_mm.checkpoints import latest_checkpoint, read_checkpoint
+from e3va_mm.launch import add_common_arguments, build_runner, check_data, enable_amp, load_config, run_float32_ops
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision (CUDA)')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='continue from CHECKPOINT, or, without one, from the newest whole checkpoint in the work dir',
+    )
+    add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def set_resume(config: Config, checkpoint: str) -> None:
+    """Points the config at the checkpoint to continue from; a fresh start if there is none yet."""
+    if checkpoint == 'auto':
+        checkpoint = latest_checkpoint(config.work_dir)
+        if checkpoint is None:
+            print_log(f'--resume: no checkpoint in {config.work_dir} yet, starting from the beginning', 'current')
+            return
+    config.resume, config.load_from = True, str(checkpoint)
+
+
+def scale_learning_rate(config: Config) -> None:
+    if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+        raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config')
+    config.auto_scale_lr.enable = True
+
+
+def main() -> None:
+    args = parse_args()
+    config = load_config(args)
+    check_data(config, 'train_dataloader', 'val_dataloader')
+    if args.amp:
+        enable_amp(config)
+    run_float32_ops(config)
+    if args.auto_scale_lr:
+        scale_learning_rate(config)
+    if args.resume:
+        set_resume(config, args.resume)
+    if config.get('load_from') and '://' not in config.load_from:
+        read_checkpoint(config.load_from)  # Says clearly what is wrong with it before anything is built.
+    build_runner(config).train()
+
+
+if __name__ == '__main__':
+    main()
