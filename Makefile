@@ -1,0 +1,30 @@
+# Everything runs in .venv, which tools/setup.sh makes on first use.
+PYTHON_BIN := .venv/bin/python
+
+.PHONY: help setup demo test lint format benchmark clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup:  ## make .venv ready (torch, mmcv with ops, mmdet, mmseg); quick the second time
+	@tools/setup.sh
+
+demo: setup  ## train frozen and E3VA on generated data, then show a table and pictures
+	$(PYTHON_BIN) tools/demo.py
+
+test: setup  ## run the tests
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest
+
+lint: setup  ## check style
+	$(PYTHON_BIN) -m ruff check .
+	$(PYTHON_BIN) -m ruff format --check .
+
+format: setup  ## fix style
+	$(PYTHON_BIN) -m ruff check --fix .
+	$(PYTHON_BIN) -m ruff format .
+
+benchmark: setup  ## CamVid, BCCD and nuclei from data/: frozen, E3VA and full, three seeds each
+	$(PYTHON_BIN) tools/run_grid.py --out results/small_sets.json
+
+clean:  ## remove the environment and all results of runs
+	rm -rf .venv work_dirs
