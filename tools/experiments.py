@@ -1,0 +1,100 @@
+"""Training and testing configs in numbers: each run is the command-line tools in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Run(NamedTuple):
+    """One training and test: a config, a seed, and what is passed on to ``tools/train.py``."""
+
+    config: str
+    seed: int = 0
+    train_args: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f'{Path(self.config).stem}_seed{self.seed}'
+
+
+def run_all(runs: list[Run], work_dir: Path, jobs: int = 1, done=lambda run, result: None) -> dict[str, dict]:
+    """Runs the experiments, ``jobs`` at a time, in folders of ``work_dir``; finished ones are not run again.
+
+    Args:
+        done: called with each run and its result as soon as it ends.
+
+    Returns:
+        ``{run.name: result}``; a result holds ``metrics`` and the ``report`` of ResourceReportHook.
+
+    Raises:
+        RuntimeError: a tool failed; the message holds the end of its log.
+    """
+
+    def work(run: Run) -> dict:
+        result = run_one(run, work_dir / run.name)
+        done(run, result)
+        return result
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip((run.name for run in runs), pool.map(work, runs)))
+
+
+def run_one(run: Run, work_dir: Path) -> dict:
+    """Trains (resuming if it was interrupted) and tests one config."""
+    result = work_dir / 'result.json'
+    if result.is_file():
+        return json.loads(result.read_text())
+    work_dir.mkdir(parents=True, exist_ok=True)
+    no_validation = [f'val_{part}=None' for part in ('dataloader', 'cfg', 'evaluator')]
+    options = [f'randomness.seed={run.seed}', *no_validation]
+    train = ['tools/train.py', run.config, '--work-dir', str(work_dir), '--resume', *run.train_args]
+    _call([*train, '--cfg-options', *options], work_dir / 'train.log')
+    checkpoint = (work_dir / 'last_checkpoint').read_text()
+    _call(['tools/test.py', run.config, checkpoint, '--work-dir', str(work_dir / 'test')], work_dir / 'test.log')
+    metrics = max((work_dir / 'test').glob('*/*.json'), key=os.path.getmtime)
+    content = {
+        'config': run.config,
+        'seed': run.seed,
+        'train_args': list(run.train_args),
+        'metrics': json.loads(metrics.read_text()),
+        'report': json.loads((work_dir / 'run_report.json').read_text()),
+    }
+    result.write_text(json.dumps(content, indent=2))
+    return content
+
+
+def _call(tool: list[str], log: Path) -> None:
+    with log.open('w') as file:
+        code = subprocess.call([sys.executable, *tool], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    if code:
+        tail = '\n'.join(log.read_text(errors='replace').splitlines()[-15:])
+        raise RuntimeError(f'{" ".join(tool)} failed with exit code {code}, log in {log}:\n{tail}')
+
+
+def provenance(commit: str | None = None) -> dict:
+    """What a result file says of where its numbers come from."""
+    import mmengine
+    import torch
+
+    return {
+        'device': torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu ({platform.machine()})',
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'mmengine': mmengine.__version__,
+        'commit': commit or _git_commit(),
+        'command': ' '.join(['python', *sys.argv]),
+    }
+
+
+def _git_commit() -> str:
+    call = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+    return call.stdout.strip() or 'unknown'

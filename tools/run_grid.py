@@ -1,0 +1,56 @@
+#!/usr/bin/env python
+"""Trains and tests a grid of configs and seeds, several at a time, and collects the results in one JSON file.
+
+Runs that are already in the file are not repeated, so an interrupted grid goes on where it stopped.
+"""
+
+import argparse
+import json
+import threading
+from pathlib import Path
+
+from experiments import Run, provenance, run_all
+
+SMALL_SETS = [
+    f'configs/{folder}/{name.format(method)}.py'
+    for folder, name in (
+        ('camvid', '{}swin-nano_upernet_1xb8-1500_camvid-352x480'),
+        ('bccd', 'retinanet_{}swin-nano_fpn_1xb8-1500_bccd'),
+        ('nuclei', 'mask-rcnn_{}swin-nano_fpn_1xb8-1500_nuclei'),
+    )
+    for method in ('frozen-', 'e3va-', '')
+]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--configs', nargs='+', default=SMALL_SETS, help='default: the small sets under each method')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time; step times then include the contention')
+    parser.add_argument('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
+    parser.add_argument('--work-dir', default='work_dirs/grid')
+    parser.add_argument('--out', required=True, help='JSON file that collects the results')
+    parser.add_argument('--commit', help='recorded in the results; default: asked of git')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    out = Path(args.out)
+    content = json.loads(out.read_text()) if out.is_file() else {'runs': {}}
+    flags = tuple(f'--{flag}' for flag in args.train_args)
+    runs = [Run(config, seed, flags) for seed in args.seeds for config in args.configs]
+    lock = threading.Lock()
+
+    def collect(run: Run, result: dict) -> None:
+        with lock:
+            content['runs'][run.name] = {**result, **provenance(args.commit), 'jobs': args.jobs}
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(content, indent=1, sort_keys=True) + '\n')
+        print(run.name, result['metrics'], flush=True)
+
+    run_all([run for run in runs if run.name not in content['runs']], Path(args.work_dir), args.jobs, collect)
+
+
+if __name__ == '__main__':
+    main()
