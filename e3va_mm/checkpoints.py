@@ -33,9 +33,9 @@ def read_checkpoint(path: str | Path) -> dict:
         with _mmengine_types():
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        size = path.stat().st_size
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DamagedCheckpointError(
-            f'checkpoint {path} ({size} bytes) is damaged or unsafe to load: {str(error).splitlines()[0]}'
+            f'checkpoint {path} ({path.stat().st_size} bytes) is damaged or unsafe to load: {reason}'
         ) from error
     if not isinstance(checkpoint, dict):
         raise DamagedCheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__}, not a state dict')

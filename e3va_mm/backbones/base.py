@@ -82,6 +82,10 @@ class FrozenBackbone(BaseModule):
             with torch.autocast(images.device.type, dtype=self.frozen_dtype):
                 yield
 
+    def restore_dtype(self, output: Tensor) -> Tensor:
+        """fp32 for the heads (mmcv has no bfloat16 RoIAlign), where the frozen forward ran in ``frozen_dtype``."""
+        return output.float() if self.frozen_dtype else output
+
     def init_weights(self) -> None:
         """Loads the base (once), then applies the wrapper's own ``init_cfg``."""
         if not self._base_is_loaded:
@@ -136,17 +140,18 @@ class FrozenBackbone(BaseModule):
     def _check_keys(self, given: dict[str, Tensor]) -> None:
         expected = self.state_dict()
         del expected[FINGERPRINT]
-        problems = [f'{key} is missing' for key in expected if key not in given]
-        problems += [f'{key} is foreign' for key in given if key not in expected]
-        problems += [
+        missing = [f'{key} is missing' for key in expected if key not in given]
+        foreign = [f'{key} is foreign' for key in given if key not in expected]
+        reshaped = [
             f'{key} is {tuple(given[key].shape)} in the checkpoint, {tuple(value.shape)} in this model'
             for key, value in expected.items()
             if key in given and given[key].shape != value.shape
         ]
-        if problems:
-            listed = '; '.join(problems[:8]) + ('; …' if len(problems) > 8 else '')
+        num_problems = len(missing) + len(foreign) + len(reshaped)
+        if num_problems:
+            listed = '; '.join([*missing[:3], *foreign[:3], *reshaped[:3]])
             raise CheckpointMismatchError(
-                f'the checkpoint does not fit this {type(self).__name__}, {len(problems)} differences: {listed}'
+                f'the checkpoint does not fit this {type(self).__name__}, {num_problems} differences such as: {listed}'
             )
 
     def _check_base(self, found: Tensor | None) -> None:

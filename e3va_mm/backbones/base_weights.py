@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
@@ -49,6 +50,8 @@ def load_base_weights(backbone: nn.Module, optional: set[str]) -> None:
     with torch.no_grad():
         for tensor in required.values():
             tensor.fill_(torch.nan)
+    # mmdet's loader reads init_cfg by attribute, which a plain dict has not.
+    backbone.init_cfg = ConfigDict(backbone.init_cfg)
     try:
         backbone.init_weights()
     except (IndexError, KeyError, RuntimeError) as error:
@@ -68,7 +71,7 @@ def _read(path: str, source: str) -> dict[str, Tensor]:
         checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{source}: there is no such file; give the path or URL of its weights') from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointMismatchError(f'{source} can not be read, it may be damaged: {error}') from error
     weights = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
     for prefix in ('module.', 'backbone.'):

@@ -75,8 +75,9 @@ class E3VABackbone(FrozenBackbone):
             images: (B, 3, H, W), any height and width.
 
         Returns:
-            One (B, C_s, H_s, W_s) a stage in ``out_indices``, in fp32 as from the stock backbone; gradient flows to
-            the highway and the output norms alone.
+            One (B, C_s, H_s, W_s) a stage in ``out_indices``, in the stock backbone's dtype (fp32 with a
+            ``frozen_dtype``).
+            Gradient flows to the highway and the output norms alone.
         """
         with self.frozen_forward(images):
             with torch.no_grad():
@@ -86,24 +87,27 @@ class E3VABackbone(FrozenBackbone):
                 with torch.no_grad():
                     tokens, taps = self.taps.run_stage(index, tokens, size)
                 delta = stage(taps)
-                # fp32 even for half-precision deltas: the offset is a sum over the whole depth.
-                offset = delta.float() if offset is None else offset + delta
+                # At least fp32, also for half-precision deltas: the offset is a sum over the whole depth.
+                delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
+                offset = delta if offset is None else offset + delta
                 if index in self.norms:
-                    outputs.append(self._output(index, tokens + offset, size))
+                    outputs.append(self._output(index, tokens, offset, size))
                 if index + 1 < len(self.highway):
                     tokens, offset, size = self._downsample(index, tokens, offset, size)
         return tuple(outputs)
 
-    def _output(self, index: int, state: Tensor, size: tuple[int, int]) -> Tensor:
-        normed = self.norms[index](state)
-        return normed.unflatten(1, size).permute(0, 3, 1, 2).contiguous()
+    def _output(self, index: int, tokens: Tensor, offset: Tensor, size: tuple[int, int]) -> Tensor:
+        state = tokens + offset
+        # As the stock backbone's: in the dtype that its tokens have, but for a reduced frozen forward.
+        normed = self.norms[index](state if self.frozen_dtype else state.to(tokens.dtype))
+        return self.restore_dtype(normed.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
 
     def _downsample(self, index: int, tokens: Tensor, offset: Tensor, size: tuple[int, int]):
         """Both the backbone's tokens and the highway state go through the frozen downsampling."""
         state, _ = self.taps.downsample(index, tokens + offset, size)
         with torch.no_grad():
             tokens, size = self.taps.downsample(index, tokens, size)
-        return tokens, state.float() - tokens, size
+        return tokens, state.to(offset.dtype) - tokens, size
 
 
 def _check_option_names(adapter: dict) -> None:

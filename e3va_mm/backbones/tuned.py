@@ -38,6 +38,6 @@ class TunedBackbone(FrozenBackbone):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images (B, 3, H, W) -> the stock feature maps, (B, C_s, H_s, W_s) each, in fp32 and without gradient."""
+        """images (B, 3, H, W) -> the stock feature maps, (B, C_s, H_s, W_s) each, without gradient."""
         with self.frozen_forward(images):
-            return tuple(self.backbone(images))
+            return tuple(self.restore_dtype(output) for output in self.backbone(images))

@@ -1,0 +1,115 @@
+"""Shared pieces: a tiny Swin, its weights on disk, a tiny data set, and the tools as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+import e3va_mm  # noqa: F401  (registers the backbones)
+from e3va_mm.datasets.shapes import write_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+def swin(scope='mmseg', **overrides) -> dict:
+    """Config of a stock Swin with 0.1 M parameters."""
+    tiny = dict(embed_dims=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=7)
+    return dict(type=f'{scope}.SwinTransformer', **{**tiny, **overrides})
+
+
+def e3va(backbone=None, **options):
+    """A built E3VABackbone with its (random or pre-trained) base in place."""
+    torch.manual_seed(0)
+    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone or swin(), **options))
+    model.init_weights()
+    return model
+
+
+def stir(model, scale=0.1):
+    """Moves the trained parameters away from their start, where the highway is still silent."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope='session')
+def weights(tmp_path_factory) -> str:
+    """A checkpoint of the tiny Swin, in its own key names."""
+    torch.manual_seed(1)
+    backbone = MODELS.build(swin())
+    backbone.init_weights()
+    path = tmp_path_factory.mktemp('weights') / 'swin_tiny.pth'
+    torch.save({'state_dict': {f'backbone.{key}': value for key, value in backbone.state_dict().items()}}, path)
+    return str(path)
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory) -> Path:
+    """The generated data set, 8 + 4 images of 64 x 64."""
+    root = tmp_path_factory.mktemp('shapes')
+    write_shapes(root, image_size=64, splits={'train': 8, 'val': 4})
+    return root
+
+
+_CONFIG = """
+_base_ = '{base}'
+data_root = '{data}/'
+max_iters = 4
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+train_dataloader = dict(batch_size=2, dataset=dict(data_root=data_root))
+val_dataloader = dict(batch_size=2, dataset=dict(data_root=data_root))
+test_dataloader = val_dataloader
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2, max_keep_ckpts=2))
+randomness = dict(seed=0)
+model = dict(backbone=dict(backbone=dict(
+    embed_dims=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), init_cfg=dict(checkpoint='{weights}'))))
+"""
+_SEG = """
+model['decode_head'] = dict(in_channels=[12, 24, 48, 96], channels=16)
+model['auxiliary_head'] = dict(in_channels=48, channels=8)
+"""
+_DET = """
+model['neck'] = dict(in_channels=[24, 48, 96], out_channels=16)
+model['bbox_head'] = dict(in_channels=16, feat_channels=16, stacked_convs=1)
+test_evaluator = val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
+"""
+
+
+def _write_config(path: Path, base: str, task: str, data: Path, weights: str) -> Path:
+    base = ROOT / 'configs' / 'shapes' / base
+    path.write_text(_CONFIG.format(base=base, data=data, weights=weights) + task)
+    return path
+
+
+@pytest.fixture(scope='session')
+def seg_config(tmp_path_factory, shapes, weights) -> Path:
+    """E3VA for segmentation, shrunk to seconds, by a config as a user writes it."""
+    path = tmp_path_factory.mktemp('configs') / 'seg.py'
+    return _write_config(path, 'e3va-swin-nano_upernet_1xb8-400_shapes-128x128.py', _SEG, shapes, weights)
+
+
+@pytest.fixture(scope='session')
+def det_config(tmp_path_factory, shapes, weights) -> Path:
+    path = tmp_path_factory.mktemp('configs') / 'det.py'
+    return _write_config(path, 'retinanet_e3va-swin-nano_fpn_1xb8-500_shapes.py', _DET, shapes, weights)
+
+
+def tool(*command, ok=True, **environment) -> str:
+    """Runs a script of the repository; returns all that it printed."""
+    call = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert (call.returncode == 0) == ok, call.stdout[-3000:]
+    return call.stdout

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from e3va_mm import adapters
+from e3va_mm.adapters import AdapterWeights, compress, decompress, reference_delta, stage_delta
+
+
+def make_weights(num=3, dims=6, branches=2, rank=2, hidden=4, dtype=torch.float64) -> AdapterWeights:
+    width = branches * rank
+    shapes = [
+        (num, dims, width),
+        (num, branches, rank, rank),
+        (num, width, hidden),
+        (num, hidden),
+        (num, hidden, width),
+        (num, width, dims),
+        (num, dims),
+    ]
+    torch.manual_seed(0)
+    return AdapterWeights(*(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes))
+
+
+def make_taps(num=3, shape=(2, 5, 6), dtype=torch.float64):
+    torch.manual_seed(1)
+    return [torch.randn(shape, dtype=dtype) for _ in range(num)]
+
+
+def gradients(delta, weights):
+    torch.manual_seed(2)
+    return torch.autograd.grad((delta * torch.randn_like(delta)).sum(), tuple(weights))
+
+
+@pytest.fixture(params=[1, 10**9], ids=['one adapter a group', 'one group'])
+def group_bytes(request, monkeypatch):
+    monkeypatch.setattr(adapters, '_GROUP_BYTES', request.param)
+
+
+def test_gradcheck(group_bytes):
+    taps = make_taps()
+    assert torch.autograd.gradcheck(lambda *fields: stage_delta(taps, AdapterWeights(*fields)), tuple(make_weights()))
+
+
+def test_equals_plain_autograd(group_bytes):
+    taps, weights = make_taps(), make_weights()
+    fast, plain = stage_delta(taps, weights), reference_delta(taps, weights)
+    torch.testing.assert_close(fast, plain)
+    torch.testing.assert_close(gradients(fast, weights), gradients(plain, weights))
+
+
+def test_non_contiguous_taps():
+    weights = make_weights()
+    taps = [tap.transpose(0, 1) for tap in make_taps(shape=(5, 2, 6))]
+    torch.testing.assert_close(stage_delta(taps, weights), reference_delta(taps, weights))
+
+
+def test_no_tokens():
+    weights = make_weights()
+    delta = stage_delta(make_taps(shape=(0, 5, 6)), weights)
+    assert delta.shape == (0, 5, 6)
+    assert all(not gradient.any() for gradient in gradients(delta, weights))
+
+
+def test_products_run_in_the_dtype_of_the_taps():
+    weights = make_weights(dtype=torch.float32)
+    taps = make_taps(dtype=torch.bfloat16)
+    delta = stage_delta(taps, weights)
+    assert delta.dtype == torch.bfloat16
+    assert {gradient.dtype for gradient in gradients(delta, weights)} == {torch.float32}
+    exact = reference_delta([tap.float() for tap in taps], weights)
+    assert (delta - exact).norm() < 0.02 * exact.norm()
+
+
+def test_autocast_leaves_full_precision_taps_alone():
+    weights, taps = make_weights(dtype=torch.float32), make_taps(dtype=torch.float32)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        delta = stage_delta(taps, weights)
+    torch.testing.assert_close(delta, reference_delta(taps, weights))
+
+
+@pytest.mark.parametrize(('dtype', 'error'), [(torch.bfloat16, 2e-3), (torch.float8_e4m3fn, 4e-2)])
+def test_saved_dtype_touches_one_gradient_only(dtype, error):
+    weights, taps = make_weights(dtype=torch.float32), make_taps(shape=(4, 50, 6), dtype=torch.float32)
+    exact, saved = stage_delta(taps, weights), stage_delta(taps, weights, dtype)
+    assert torch.equal(exact, saved)
+    (exact_down_in, *exact_rest), (down_in, *rest) = gradients(exact, weights), gradients(saved, weights)
+    torch.testing.assert_close(rest, exact_rest)
+    relative = (down_in - exact_down_in).norm() / exact_down_in.norm()
+    assert 0 < relative < error
+
+
+def test_compression_of_zeros_and_extremes():
+    for tap in (torch.zeros(4), torch.tensor([1e-30, -1e30, 3.0, 0.0])):
+        packed, scale = compress(tap, torch.float8_e4m3fn)
+        assert decompress(packed, scale, torch.float32).isfinite().all()
+
+
+def test_backward_flops_are_those_of_the_highway():
+    num, dims, width, hidden, tokens = 3, 6, 4, 4, 10
+    weights, taps = make_weights(dtype=torch.float32), make_taps(dtype=torch.float32)
+    delta = stage_delta(taps, weights)
+    with FlopCounterMode(display=False) as counter:
+        delta.sum().backward()
+    core = width * width
+    recomputed = 2 * core + 2 * width * hidden
+    to_inputs = 2 * core + 2 * width * hidden + width * dims
+    to_weights = 2 * core + 2 * width * hidden + 2 * width * dims
+    assert counter.get_total_flops() == 2 * num * tokens * (recomputed + to_inputs + to_weights)
+
+
+def test_keeps_taps_and_their_rank_space_only():
+    weights = make_weights(dtype=torch.float32)
+    for dtype, bytes_per_value in ((None, 4), (torch.bfloat16, 2), (torch.float8_e4m3fn, 1)):
+        kept = []
+        owned = {weight.data_ptr() for weight in weights}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ):
+            stage_delta(make_taps(dtype=torch.float32), weights, dtype)
+        sizes = sorted(tensor.nbytes for tensor in kept if tensor.data_ptr() not in owned and tensor.ndim)
+        assert sizes == sorted([*[10 * 6 * bytes_per_value] * 3, 3 * 10 * 4 * 4])

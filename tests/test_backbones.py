@@ -1,0 +1,250 @@
+import copy
+
+import pytest
+import torch
+from conftest import e3va, stir, swin
+from mmengine.registry import MODELS
+from torch.utils.flop_counter import FlopCounterMode
+
+SIZES = [(64, 64), (37, 91), (1, 5)]
+
+
+def outputs_of_stock(model, images):
+    """What the wrapped stock module returns by its own forward."""
+    with torch.no_grad():
+        return model.backbone(images)
+
+
+@pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
+@pytest.mark.parametrize('size', SIZES)
+def test_zero_initialised_equals_the_frozen_backbone(scope, size):
+    model = e3va(swin(scope))
+    images = torch.randn(2, 3, *size)
+    for output, stock in zip(model(images), outputs_of_stock(model, images)):
+        assert (output.shape, output.dtype) == (stock.shape, stock.dtype)
+        torch.testing.assert_close(output, stock, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_equals_the_recursion_of_the_paper(size):
+    """h_l = h_{l-1} + A(a_l) + A(m_l) block by block, with A(z) = z + delta(z), against the batched stages."""
+    model = stir(e3va()).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    swin_module = model.backbone
+    tokens, hw = swin_module.patch_embed(images)
+    state, expected = tokens, []
+    for index, stage in enumerate(swin_module.stages):
+        for number, block in enumerate(stage.blocks):
+            attended = block.attn(block.norm1(tokens), hw)
+            tokens = tokens + attended
+            transformed = block.ffn.layers(block.norm2(tokens))
+            tokens = tokens + transformed
+            for tap, adapter in ((attended, 2 * number), (transformed, 2 * number + 1)):
+                state = state + tap + single_adapter(model.highway[index], adapter, tap)
+        normed = getattr(swin_module, f'norm{index}')(state)
+        expected.append(normed.transpose(1, 2).unflatten(2, hw))
+        if stage.downsample:
+            state, _ = stage.downsample(state, hw)
+            tokens, hw = stage.downsample(tokens, hw)
+    for output, reference in zip(model(images), expected):
+        torch.testing.assert_close(output, reference)
+
+
+def single_adapter(highway, number, tap):
+    """An adapter written out with its full matrices, as the paper defines it."""
+    weights = [field[number] for field in highway.weights]
+    down_in, core, down_out, down_bias, up_in, up_out, up_bias = weights
+    branches, rank, _ = core.shape
+
+    def matrix(left, right):
+        return sum(
+            left[:, i * rank : (i + 1) * rank] @ core[i] @ right[i * rank : (i + 1) * rank] for i in range(branches)
+        )
+
+    hidden = torch.nn.functional.gelu(tap @ matrix(down_in, down_out) + down_bias)
+    return hidden @ matrix(up_in, up_out) + up_bias
+
+
+@pytest.mark.parametrize(
+    ('embed_dims', 'num_heads', 'count'), [(128, (4, 8, 16, 32), 1_197_312), (192, (6, 12, 24, 48), 1_792_896)]
+)
+def test_parameter_count_of_the_paper(embed_dims, num_heads, count):
+    model = MODELS.build(
+        dict(type='E3VABackbone', backbone=swin(embed_dims=embed_dims, depths=(2, 2, 18, 2), num_heads=num_heads))
+    )
+    assert sum(parameter.numel() for parameter in model.adapter_parameters().values()) == count
+    assert sum(value.nbytes for value in model.state_dict().values()) < 8e6
+
+
+def test_exactly_adapters_and_output_norms_are_trained():
+    model = e3va()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    norms = {f'backbone.norm{index}.{kind}' for index in range(4) for kind in ('weight', 'bias')}
+    fields = ('down_in', 'core', 'down_out', 'down_bias', 'up_in', 'up_out', 'up_bias')
+    assert trained == norms | {f'highway.{index}.{field}' for index in range(4) for field in fields}
+    assert trained - norms == set(model.adapter_parameters())
+
+
+@pytest.mark.parametrize('options', [{}, dict(saved_dtype='bfloat16'), dict(frozen_dtype='bfloat16')])
+def test_gradients_reach_what_is_trained_and_nothing_else(options):
+    model = stir(e3va(**options)).train()
+    sum(output.square().sum() for output in model(torch.randn(1, 3, 50, 70))).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize('out_indices', [(1, 2, 3), (0, 2), (1,)])
+def test_no_trained_parameter_is_idle_under_fewer_outputs(out_indices):
+    """DDP without find_unused_parameters waits for every gradient."""
+    model = stir(e3va(swin(out_indices=out_indices)))
+    outputs = model(torch.randn(1, 3, 64, 64))
+    assert len(outputs) == len(out_indices)
+    sum(output.square().sum() for output in outputs).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_no_block_is_in_the_graph():
+    model = stir(e3va())
+    outputs, nodes, seen = model(torch.randn(1, 3, 64, 64)), [], set()
+    nodes = [output.grad_fn for output in outputs]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+    names = [type(node).__name__ for node in seen]
+    assert names.count('StageDeltaBackward') == 4
+    assert not [name for name in names if 'Softmax' in name or 'Gelu' in name or 'Bmm' in name]
+
+
+def test_backward_costs_less_than_the_frozen_forward():
+    model = stir(e3va(swin(embed_dims=48, num_heads=(3, 6, 12, 24))))
+    images = torch.randn(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as forward:
+        outputs = model(images)
+    with FlopCounterMode(display=False) as backward:
+        sum(output.sum() for output in outputs).backward()
+    with FlopCounterMode(display=False) as stock:
+        trainable = copy.deepcopy(model.backbone).requires_grad_(True)
+        sum(output.sum() for output in trainable(images)).backward()
+    assert backward.get_total_flops() < 0.5 * forward.get_total_flops()
+    # A full backward is two thirds of a stock step; here it is gone but for the highway.
+    assert backward.get_total_flops() < 0.3 * stock.get_total_flops()
+
+
+def saved_bytes(model, images) -> int:
+    """Bytes that a forward pass keeps for the backward pass, the weights not counted."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    kept = {}
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+    )
+    with hooks:
+        model(images)
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in owned)
+
+
+def test_saves_a_fraction_of_what_full_backpropagation_saves():
+    images = torch.randn(1, 3, 112, 112)
+    backbone = swin(embed_dims=48, num_heads=(3, 6, 12, 24))
+    full = saved_bytes(MODELS.build(backbone), images)
+    plain = saved_bytes(e3va(backbone), images)
+    float8 = saved_bytes(e3va(backbone, saved_dtype='float8_e4m3fn'), images)
+    assert plain < 0.2 * full
+    assert float8 < 0.7 * plain
+
+
+def test_train_leaves_the_frozen_part_in_eval():
+    model = e3va(swin('mmdet', drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5))
+    assert model.train() is model
+    assert model.training and model.highway.training
+    assert not any(module.training for module in model.backbone.modules())
+    images = torch.randn(1, 3, 64, 64)
+    assert all(torch.equal(first, second) for first, second in zip(model(images), model(images)))
+
+
+@pytest.mark.parametrize(('dtype', 'error'), [('bfloat16', 0.03), ('float16', 0.01)])
+def test_frozen_dtype(dtype, error, weights):
+    backbone = swin(init_cfg=dict(type='Pretrained', checkpoint=weights))
+    exact, reduced = e3va(backbone), e3va(backbone, frozen_dtype=dtype)
+    frozen = [parameter for parameter in reduced.backbone.parameters() if not parameter.requires_grad]
+    assert {parameter.dtype for parameter in frozen if parameter.ndim > 1} == {getattr(torch, dtype)}
+    images = torch.randn(2, 3, 64, 64)
+    for output, expected in zip(reduced(images), exact(images)):
+        assert output.dtype == torch.float32
+        assert (output - expected).norm() < error * expected.norm()
+    assert torch.equal(exact.base_fingerprint(), reduced.base_fingerprint())
+
+
+def test_under_autocast():
+    model = stir(e3va())
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        outputs = model(images)
+        stock = outputs_of_stock(model, images)
+    assert [output.dtype for output in outputs] == [output.dtype for output in stock]
+    assert all((output - exact).norm() < 0.05 * exact.norm() for output, exact in zip(outputs, expected))
+    sum(output.square().sum() for output in outputs).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_deep_copy_shares_the_base_and_nothing_else():
+    model = e3va()
+    clone = copy.deepcopy(model)
+    pairs = zip(model.named_parameters(), clone.named_parameters())
+    for (name, parameter), (_, copied) in pairs:
+        assert (parameter.data_ptr() == copied.data_ptr()) != parameter.requires_grad, name
+        assert parameter is not copied
+    stir(clone)
+    images = torch.randn(1, 3, 64, 64)
+    assert not torch.equal(model(images)[0], clone(images)[0])
+
+
+def test_frozen_method():
+    model = MODELS.build(dict(type='TunedBackbone', backbone=swin(), method=dict(type='Frozen')))
+    model.init_weights()
+    images = torch.randn(1, 3, 64, 64)
+    outputs = model.train()(images)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(output.requires_grad for output in outputs)
+    torch.testing.assert_close(outputs, tuple(outputs_of_stock(model, images)))
+    assert list(model.state_dict()) == ['base_fingerprint']
+
+
+@pytest.mark.parametrize(
+    ('config', 'error', 'message'),
+    [
+        (dict(backbone=dict(type='mmseg.ResNet', depth=18)), TypeError, "unsupported backbone.type 'ResNet'.*Swin"),
+        (dict(backbone=dict(type='mmseg.SwinTransfomer')), KeyError, 'SwinTransfomer.*supported are.*SwinTransformer'),
+        (dict(adapter=dict(rank=0)), ValueError, 'adapter.rank .* got 0'),
+        (dict(adapter=dict(rank=-1)), ValueError, 'adapter.rank .* got -1'),
+        (dict(adapter=dict(rnak=8)), ValueError, r"unknown option \['rnak'\].*known are \['rank'"),
+        (dict(frozen_dtype='int8'), ValueError, "frozen_dtype must be one of .* got 'int8'"),
+        (dict(saved_dtype='float4'), ValueError, "saved_dtype must be one of .* got 'float4'"),
+        (dict(init='ones'), ValueError, "init must be one of .* got 'ones'"),
+    ],
+)
+def test_bad_options(config, error, message):
+    with pytest.raises(error, match=message):
+        MODELS.build(dict(dict(type='E3VABackbone', backbone=swin()), **config))
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match='method must be .* got .*Thawed'):
+        MODELS.build(dict(type='TunedBackbone', backbone=swin(), method=dict(type='Thawed')))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_amp_on_cuda(dtype):
+    model = stir(e3va()).cuda()
+    images = torch.randn(2, 3, 64, 64, device='cuda')
+    expected = model(images)
+    with torch.autocast('cuda', dtype=dtype):
+        outputs = model(images)
+    assert all((output - exact).norm() < 0.05 * exact.norm() for output, exact in zip(outputs, expected))
+    sum(output.square().sum() for output in outputs).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)

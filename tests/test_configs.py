@@ -1,0 +1,83 @@
+"""Every config loads, and builds and runs with its backbone shrunk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
+WIDTHS = [12, 24, 48, 96]
+
+
+def shrink(config: Config) -> Config:
+    """Replaces the widths and depths of the backbone, and the input widths of what follows it."""
+    backbone = config.model.backbone.get('backbone', config.model.backbone)
+    backbone.update(embed_dims=12, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], init_cfg=None)
+    widths = [WIDTHS[index] for index in backbone.get('out_indices', range(4))]
+    if 'neck' in config.model:
+        config.model.neck.in_channels = widths
+    else:
+        config.model.decode_head.update(in_channels=widths, channels=16)
+        config.model.auxiliary_head.update(in_channels=widths[2], channels=16)
+    return config
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_config_builds_and_runs(path):
+    config = shrink(Config.fromfile(path))
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model).eval()
+    features = model.extract_feat(torch.randn(1, 3, 64, 64))
+    assert all(feature.isfinite().all() for feature in features)
+    trainable = {name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}
+    method = 'e3va' if 'e3va-' in path.stem else 'frozen' if 'frozen-' in path.stem else 'full'
+    if method == 'e3va':
+        assert any(name.startswith('highway') for name in trainable)
+        assert all(name.startswith(('highway', 'backbone.norm')) for name in trainable)
+    else:
+        assert bool(trainable) == (method == 'full')
+    assert {hook.type for hook in config.custom_hooks} == {'ParameterTableHook', 'ResourceReportHook'}
+
+
+def test_every_benchmark_has_its_siblings():
+    names = {str(path.relative_to(ROOT)) for path in CONFIGS}
+    full = {name for name in names if 'e3va-' not in name and 'frozen-' not in name}
+    assert len(names) == 3 * len(full)
+    for name in full:
+        folder, _, stem = name.rpartition('/')
+        for method in ('e3va-', 'frozen-'):
+            assert f'{folder}/{stem.replace("swin", f"{method}swin", 1)}' in names
+
+
+def test_backbone_size_and_rank_from_the_command_line():
+    config = Config.fromfile(next(path for path in CONFIGS if 'e3va-swin-b-p4' in path.stem))
+    options = {
+        'model.backbone.adapter.rank': 4,
+        'model.backbone.backbone.embed_dims': 96,
+        'model.backbone.backbone.depths': [2, 2, 6, 2],
+        'model.backbone.backbone.num_heads': [3, 6, 12, 24],
+        'model.neck.in_channels': [96, 192, 384, 768],
+    }
+    config.merge_from_dict(options)
+    init_default_scope(config.default_scope)
+    backbone = MODELS.build(config.model.backbone)
+    assert backbone.highway[0].core.shape == (4, 2, 4, 4)
+    assert [stage.down_in.shape[1] for stage in backbone.highway] == [96, 192, 384, 768]
+
+
+def test_a_five_line_config(tmp_path):
+    """The interface as DESIGN has it, on a stock config that this project does not have."""
+    stock = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
+    path = Path(tmp_path, 'mine.py')
+    path.write_text(
+        f"_base_ = '{stock}'\n"
+        "custom_imports = dict(imports=['e3va_mm'], allow_failed_imports=False)\n"
+        "model = dict(backbone=dict(_delete_=True, type='E3VABackbone', backbone={{_base_.model.backbone}},\n"
+        '    adapter=dict(rank=8, branches=2, hidden_ratio=0.5)))\n'
+    )
+    config = shrink(Config.fromfile(path))
+    init_default_scope('mmseg')
+    assert MODELS.build(config.model).backbone.taps.num_taps == [2, 2, 4, 2]
