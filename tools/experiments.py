@@ -1,12 +1,12 @@
-"""Training and testing configs in numbers: each run is the command-line tools in processes of their own."""
+"""Training many configs: each run is the command-line tool in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Run(NamedTuple):
-    """One training and test: a config, a seed, and what is passed on to ``tools/train.py``."""
+    """One training: a config, a seed, and what is passed on to ``tools/train.py``."""
 
     config: str
     seed: int = 0
@@ -26,20 +26,31 @@ class Run(NamedTuple):
         return f'{Path(self.config).stem}_seed{self.seed}'
 
 
-def run_all(runs: list[Run], work_dir: Path, jobs: int = 1, done=lambda run, result: None) -> dict[str, dict]:
+def run_all(
+    runs: list[Run],
+    work_dir: Path,
+    jobs: int = 1,
+    done=lambda run, result: None,
+    time_limit: float = float('inf'),
+) -> dict[str, dict]:
     """Runs the experiments, ``jobs`` at a time, in folders of ``work_dir``; finished ones are not run again.
 
     Args:
         done: called with each run and its result as soon as it ends.
+        time_limit: seconds after which no further run is started.
 
     Returns:
-        ``{run.name: result}``; a result holds ``metrics`` and the ``report`` of ResourceReportHook.
+        ``{run.name: result}``; a result holds the ``report`` of ResourceReportHook.
 
     Raises:
         RuntimeError: a tool failed; the message holds the end of its log.
     """
 
+    started = time.monotonic()
+
     def work(run: Run) -> dict:
+        if time.monotonic() - started > time_limit:
+            return {}
         result = run_one(run, work_dir / run.name)
         done(run, result)
         return result
@@ -49,30 +60,24 @@ def run_all(runs: list[Run], work_dir: Path, jobs: int = 1, done=lambda run, res
 
 
 def run_one(run: Run, work_dir: Path) -> dict:
-    """Trains (resuming if it was interrupted) and tests one config."""
+    """Trains one config, resuming if that was interrupted; its metrics are those of the validation at the end."""
     result = work_dir / 'result.json'
     if result.is_file():
         return json.loads(result.read_text())
     work_dir.mkdir(parents=True, exist_ok=True)
-    no_validation = [f'val_{part}=None' for part in ('dataloader', 'cfg', 'evaluator')]
-    options = [f'randomness.seed={run.seed}', *no_validation]
-    train = ['tools/train.py', run.config, '--work-dir', str(work_dir), '--resume', *run.train_args]
-    _call([*train, '--cfg-options', *options], work_dir / 'train.log')
-    checkpoint = (work_dir / 'last_checkpoint').read_text()
-    _call(['tools/test.py', run.config, checkpoint, '--work-dir', str(work_dir / 'test')], work_dir / 'test.log')
-    metrics = max((work_dir / 'test').glob('*/*.json'), key=os.path.getmtime)
+    command = ['tools/train.py', run.config, '--work-dir', str(work_dir), '--resume', *run.train_args]
+    call_tool([*command, '--cfg-options', f'randomness.seed={run.seed}'], work_dir / 'train.log')
     content = {
         'config': run.config,
         'seed': run.seed,
         'train_args': list(run.train_args),
-        'metrics': json.loads(metrics.read_text()),
         'report': json.loads((work_dir / 'run_report.json').read_text()),
     }
     result.write_text(json.dumps(content, indent=2))
     return content
 
 
-def _call(tool: list[str], log: Path) -> None:
+def call_tool(tool: list[str], log: Path) -> None:
     with log.open('w') as file:
         code = subprocess.call([sys.executable, *tool], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     if code:

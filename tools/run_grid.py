@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains and tests a grid of configs and seeds, several at a time, and collects the results in one JSON file.
+"""Trains a grid of configs and seeds, several at a time, and collects the results in one JSON file.
 
 Runs that are already in the file are not repeated, so an interrupted grid goes on where it stopped.
 """
@@ -15,8 +15,8 @@ SMALL_SETS = [
     f'configs/{folder}/{name.format(method)}.py'
     for folder, name in (
         ('camvid', '{}swin-nano_upernet_1xb8-1500_camvid-352x480'),
-        ('bccd', 'retinanet_{}swin-nano_fpn_1xb8-1500_bccd'),
-        ('nuclei', 'mask-rcnn_{}swin-nano_fpn_1xb8-1500_nuclei'),
+        ('bccd', 'retinanet_{}swin-nano_fpn_1xb8-600_bccd'),
+        ('nuclei', 'mask-rcnn_{}swin-nano_fpn_1xb8-400_nuclei'),
     )
     for method in ('frozen-', 'e3va-', '')
 ]
@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
     parser.add_argument('--work-dir', default='work_dirs/grid')
     parser.add_argument('--out', required=True, help='JSON file that collects the results')
+    parser.add_argument('--time-limit', type=float, default=float('inf'), help='seconds; no run is started after them')
     parser.add_argument('--commit', help='recorded in the results; default: asked of git')
     return parser.parse_args()
 
@@ -47,9 +48,10 @@ def main() -> None:
             content['runs'][run.name] = {**result, **provenance(args.commit), 'jobs': args.jobs}
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(content, indent=1, sort_keys=True) + '\n')
-        print(run.name, result['metrics'], flush=True)
+        print(run.name, result['report']['metrics'], flush=True)
 
-    run_all([run for run in runs if run.name not in content['runs']], Path(args.work_dir), args.jobs, collect)
+    missing = [run for run in runs if run.name not in content['runs']]
+    run_all(missing, Path(args.work_dir), args.jobs, collect, args.time_limit)
 
 
 if __name__ == '__main__':

@@ -14,11 +14,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-CLASSES = ('circle', 'square', 'triangle', 'cross', 'star')
+CLASSES = ('stripes', 'checks', 'dots', 'waves', 'bricks')
 SPLITS = {'train': 240, 'val': 80}
 
 
-def write_shapes(root: str | Path, image_size: int = 128, splits: dict[str, int] = SPLITS, seed: int = 0) -> None:
+def write_shapes(root: str | Path, image_size: int = 96, splits: dict[str, int] = SPLITS, seed: int = 0) -> None:
     """Writes the data set, unless it is there already.
 
     Args:
@@ -58,62 +58,54 @@ def _write_split(root: Path, split: str, num_images: int, image_size: int, seed:
 
 def draw_scene(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, np.ndarray, list]:
     """One image: RGB (H, W, 3) uint8, semantic labels (H, W) uint8, and visible ``(category, mask)`` instances."""
-    picture = _texture(rng, image_size)
+    picture = _noise(rng, image_size)
     for _ in range(rng.integers(1, 4)):
-        _paint(rng, picture, _fragment(rng, image_size))
+        distractor = _outline(rng, image_size)
+        picture[distractor] = _noise(rng, image_size)[distractor]
     owner = np.zeros((image_size, image_size), np.int32)
-    categories = rng.integers(1, len(CLASSES) + 1, rng.integers(3, 7))
+    categories = rng.integers(1, len(CLASSES) + 1, rng.integers(2, 5))
     for number, category in enumerate(categories, 1):
-        mask = _shape(rng, image_size, CLASSES[category - 1])
-        _paint(rng, picture, mask)
+        mask = _outline(rng, image_size)
+        picture[mask] = _patterned(rng, image_size, CLASSES[category - 1])[mask]
         owner[mask] = number
     labels = np.concatenate([[0], categories]).astype(np.uint8)[owner]
     instances = [(int(category), owner == number) for number, category in enumerate(categories, 1)]
     return picture, labels, [(category, mask) for category, mask in instances if mask.sum() >= 40]
 
 
-def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Coloured noise of a random grain on a random base colour."""
-    grain = int(rng.integers(2, 12))
-    noise = rng.normal(0, 10, (size // grain + 2, size // grain + 2, 3)).astype(np.float32)
-    base = rng.uniform(40, 215, 3)
+def _noise(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Coloured noise of a random grain on a random base colour: ground and distractors."""
+    grain = int(rng.integers(2, 8))
+    noise = rng.normal(0, 12, (size // grain + 2, size // grain + 2, 3)).astype(np.float32)
+    base = rng.uniform(50, 205, 3)
     return np.clip(base + cv2.resize(noise, (size, size), interpolation=cv2.INTER_LINEAR), 0, 255).astype(np.uint8)
 
 
-def _paint(rng: np.random.Generator, picture: np.ndarray, mask: np.ndarray) -> None:
-    picture[mask] = _texture(rng, picture.shape[0])[mask]
+def _patterned(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
+    """Two noisy colours in a pattern of random period, phase and direction."""
+    period, angle = rng.uniform(6, 12), rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[:size, :size] * (2 * np.pi / period) + rng.uniform(0, 2 * np.pi, (2, 1, 1))
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    height = {
+        'stripes': np.sin(u),
+        'checks': np.sin(u) * np.sin(v),
+        'dots': np.sin(u) + np.sin(v) - 0.9,
+        'waves': np.sin(u + 2 * np.sin(v / 2)),
+        'bricks': np.where(np.sin(v) > 0, np.sin(u / 2), np.cos(u / 2)) - 0.5 * (np.abs(np.sin(v)) < 0.3),
+    }[name]
+    return np.where(height[..., None] > 0, _noise(rng, size), _noise(rng, size))
 
 
-def _fragment(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A distractor of no class: a thick open curve or a thin sliver."""
-    points = rng.uniform(0, size, 2) + np.cumsum(rng.normal(0, size / 8, (4, 2)), axis=0)
-    mask = np.zeros((size, size), np.uint8)
-    cv2.polylines(mask, [points.astype(np.int32)], False, 1, thickness=int(rng.integers(3, 9)))
-    return mask.astype(bool)
-
-
-def _shape(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
-    radius = rng.uniform(0.13, 0.24) * size
+def _outline(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Mask of a blob of no particular shape."""
+    radius = rng.uniform(0.18, 0.34) * size
     centre = rng.uniform(radius, size - radius, 2)
-    outline = _outline(name) @ _rotation(rng.uniform(0, 2 * np.pi)).T
+    angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+    reach = radius * rng.uniform(0.75, 1.1, 9)
+    corners = centre + reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     mask = np.zeros((size, size), np.uint8)
-    cv2.fillPoly(mask, [np.round(centre + radius * outline).astype(np.int32)], 1)
+    cv2.fillPoly(mask, [cv2.convexHull(corners.astype(np.int32))], 1)
     return mask.astype(bool)
-
-
-def _outline(name: str) -> np.ndarray:
-    """Corners on or inside the unit circle, (N, 2)."""
-    if name == 'cross':
-        arm = np.array([[1, 0.3], [0.3, 0.3], [0.3, 1]])
-        return np.concatenate([arm @ _rotation(turn * np.pi / 2).T for turn in range(4)])
-    num_corners = {'square': 4, 'triangle': 3, 'star': 10}.get(name, 48)
-    angles = 2 * np.pi * np.arange(num_corners) / num_corners
-    reach = np.where(np.arange(num_corners) % 2, 0.42, 1.0) if name == 'star' else np.ones(num_corners)
-    return reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
-def _rotation(angle: float) -> np.ndarray:
-    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
 
 def _coco_instance(category: int, mask: np.ndarray) -> dict:

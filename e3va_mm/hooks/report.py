@@ -15,6 +15,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import nn
 
+from ..checkpoints import to_plain
+
 MIB = 2**20
 
 
@@ -61,6 +63,8 @@ class ParameterTableHook(Hook):
 class ResourceReportHook(Hook):
     """Logs peak memory and step time as scalars, and writes ``run_report.json`` beside the checkpoints.
 
+    The report also holds the parameters by part and the metrics of the last validation.
+
     Memory is the peak of allocated CUDA memory since the start of training; without CUDA, the peak resident set of
     the process. A step is forward, backward and optimizer, without the wait for data.
 
@@ -75,6 +79,7 @@ class ResourceReportHook(Hook):
         self.warmup = warmup
         self.peak_bytes = 0
         self.step_seconds: list[float] = []
+        self.metrics: dict[str, float] = {}
 
     def before_train(self, runner) -> None:
         self.peak_bytes, self.step_seconds = 0, []
@@ -90,6 +95,9 @@ class ResourceReportHook(Hook):
         self.peak_bytes = max(self.peak_bytes, _peak_bytes())
         runner.message_hub.update_scalar('train/peak_memory_mib', self.peak_bytes / MIB)
         runner.message_hub.update_scalar('train/step_seconds', self.step_seconds[-1])
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        self.metrics = metrics or {}
 
     def after_train(self, runner) -> None:
         peak = torch.tensor(float(self.peak_bytes))
@@ -115,6 +123,7 @@ class ResourceReportHook(Hook):
             'step_seconds_spread': [round(min(steps), 5), round(max(steps), 5)],
             'parameters': count_parameters(_unwrap(runner.model)),
             'checkpoint_bytes': _last_checkpoint_bytes(runner),
+            'metrics': to_plain(self.metrics),
         }
 
 

@@ -18,6 +18,6 @@ param_scheduler = [
 ]
 default_hooks = dict(
     logger=dict(interval=50, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=500, max_keep_ckpts=1),
+    checkpoint=dict(by_epoch=False, interval=300, max_keep_ckpts=1),
 )
 log_processor = dict(by_epoch=False)

@@ -3,7 +3,7 @@ _base_ = './nuclei.py'
 data_root = 'data/shapes/'
 metainfo = dict(
     _delete_=True,
-    classes=('circle', 'square', 'triangle', 'cross', 'star'),
+    classes=('stripes', 'checks', 'dots', 'waves', 'bricks'),
     palette=[(230, 60, 60), (60, 180, 75), (70, 110, 230), (240, 190, 40), (160, 60, 190)],
 )
 train_pipeline = [
@@ -14,7 +14,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(128, 128), keep_ratio=True),
+    dict(type='Resize', scale=(96, 96), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]

@@ -1,0 +1,191 @@
+"""Hooks inside a real Runner on a toy model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, HOOKS, MODELS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import Dataset
+
+from e3va_mm.checkpoints import latest_checkpoint, restore_history, to_plain
+from e3va_mm.hooks.amp import Float32OpsHook
+from e3va_mm.hooks.report import count_parameters, format_table
+
+
+@MODELS.register_module()
+class ToyModel(BaseModel):
+    """A random loss, so that the random state shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(2, 2)
+        self.head = nn.Linear(2, 1)
+        self.backbone.requires_grad_(False)
+
+    def forward(self, inputs, mode='tensor'):
+        inputs = torch.stack(inputs) if isinstance(inputs, list) else inputs
+        noisy = nn.functional.dropout(self.backbone(inputs), 0.5)
+        return {'loss': self.head(noisy).square().mean()} if mode == 'loss' else self.head(noisy)
+
+
+@DATASETS.register_module()
+class ToyData(Dataset):
+    """Augmented at random, like real data."""
+
+    metainfo = {'classes': ('a',), 'weights': np.ones(2)}
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {'inputs': torch.randn(2) + np.random.rand() + index}
+
+
+@HOOKS.register_module()
+class LossLog(Hook):
+    priority = 'LOWEST'
+
+    def __init__(self, path, die_at=None):
+        self.path, self.die_at = path, die_at
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        with open(self.path, 'a') as file:
+            file.write(f'{runner.iter} {outputs["loss"].item().hex()}\n')
+        if runner.iter + 1 == self.die_at:
+            raise KeyboardInterrupt
+
+
+def run(work_dir, log, die_at=None, resume=False, **checkpoint):
+    config = Config(
+        dict(
+            model=dict(type='ToyModel'),
+            work_dir=str(work_dir),
+            train_dataloader=dict(
+                dataset=dict(type='ToyData'),
+                batch_size=2,
+                num_workers=0,
+                sampler=dict(type='InfiniteSampler', shuffle=True),
+            ),
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=8),
+            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
+            param_scheduler=[dict(type='PolyLR', end=8, by_epoch=False)],
+            default_hooks=dict(
+                checkpoint=dict(type='AdapterCheckpointHook', interval=2, by_epoch=False, **checkpoint),
+                logger=dict(type='LoggerHook', interval=1),
+            ),
+            custom_hooks=[
+                dict(type='ParameterTableHook'),
+                dict(type='ResourceReportHook', warmup=2),
+                dict(type='LossLog', path=str(log), die_at=die_at),
+            ],
+            log_processor=dict(by_epoch=False),
+            resume=resume,
+            load_from=str(latest_checkpoint(work_dir)) if resume else None,
+            randomness=dict(seed=0),
+            experiment_name=f'{work_dir}_{die_at}_{resume}'.replace('/', '_'),
+        )
+    )
+    runner = Runner.from_cfg(config)
+    runner.train()
+    return runner
+
+
+def test_resume_is_bitwise(tmp_path):
+    run(tmp_path / 'whole', tmp_path / 'whole.txt')
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / 'cut', tmp_path / 'cut.txt', die_at=5)
+    torch.manual_seed(123)
+    run(tmp_path / 'cut', tmp_path / 'resumed.txt', resume=True)
+    whole = (tmp_path / 'whole.txt').read_text().splitlines()
+    assert (tmp_path / 'cut.txt').read_text().splitlines() == whole[:5]
+    assert (tmp_path / 'resumed.txt').read_text().splitlines() == whole[4:]
+
+
+def test_checkpoint_loads_as_weights_only_and_keeps_the_history(tmp_path):
+    run(tmp_path, tmp_path / 'log.txt')
+    content = torch.load(tmp_path / 'iter_8.pth', weights_only=True)
+    assert {'meta', 'state_dict', 'optimizer', 'param_schedulers', 'message_hub', 'random_state'} <= set(content)
+    restore_history(content['message_hub'])
+    hub = MessageHub.get_instance('restored')
+    hub.load_state_dict(content['message_hub'])
+    assert len(hub.get_scalar('train/loss').data[0]) == 8
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    """A write that dies half-way leaves the one before, and nothing under the new name."""
+    import os
+
+    from e3va_mm.hooks import checkpoint
+
+    replace, calls = os.replace, []
+
+    def die_at_second(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, 'replace', die_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tmp_path / 'log.txt', max_keep_ckpts=1)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_2.pth']
+    monkeypatch.setattr(checkpoint.os, 'replace', replace)
+    run(tmp_path, tmp_path / 'log.txt', resume=True, max_keep_ckpts=1)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_8.pth']
+    assert not list(tmp_path.glob('*.partial'))
+
+
+def test_report(tmp_path):
+    runner = run(tmp_path, tmp_path / 'log.txt')
+    report = json.loads((tmp_path / 'run_report.json').read_text())
+    assert report['num_steps'] == 8
+    low, high = report['step_seconds_spread']
+    assert 0 < low <= report['step_seconds_median'] <= high
+    assert report['peak_memory_mib'] > 10
+    assert report['parameters'] == {
+        'backbone': {'trainable': 0, 'frozen': 6},
+        'head': {'trainable': 3, 'frozen': 0},
+    }
+    assert report['checkpoint_bytes'] == (tmp_path / 'iter_8.pth').stat().st_size
+    history, _ = runner.message_hub.get_scalar('train/peak_memory_mib').data
+    assert len(history) == 8 and (np.diff(history) >= 0).all()
+
+
+def test_parameter_table():
+    table = format_table(count_parameters(ToyModel())).splitlines()
+    assert table[1].split() == ['backbone', '0', '6', '0.00']
+    assert table[2].split() == ['head', '3', '0', '100.00']
+    assert table[3].split() == ['total', '3', '6', '33.33']
+
+
+def test_to_plain_and_back():
+    buffer = HistoryBuffer([1.0, 2.0], [1, 3], max_length=10)
+    plain = to_plain(
+        {'log_scalars': {'loss': buffer}, 'score': np.float64(0.5), 'sizes': (np.arange(2), [np.int64(3)])}
+    )
+    assert type(plain['score']) is float and plain['sizes'][0].tolist() == [0, 1] and plain['sizes'][1] == [3]
+    restore_history(plain)
+    restored = plain['log_scalars']['loss']
+    assert [part.tolist() for part in restored.data] == [[1, 2], [1, 3]] and restored.max_length == 10
+
+
+class RoIAlign(nn.Module):
+    """Stands for mmcv's: knows no bfloat16."""
+
+    def forward(self, features, rois):
+        assert features.dtype == rois.dtype == torch.float32
+        return features * rois
+
+
+def test_float32_ops():
+    model = nn.Sequential(RoIAlign())
+    Float32OpsHook().before_train(type('Runner', (), {'model': model}))
+    half = torch.ones(2, 3, dtype=torch.bfloat16)
+    assert model[0](half, rois=torch.ones(2, 3)).dtype == torch.bfloat16
