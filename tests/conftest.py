@@ -78,6 +78,7 @@ model['auxiliary_head'] = dict(in_channels=48, channels=8)
 _DET = """
 model['neck'] = dict(in_channels=[24, 48, 96], out_channels=16)
 model['bbox_head'] = dict(in_channels=16, feat_channels=16, stacked_convs=1)
+model['test_cfg'] = dict(score_thr=0.0, max_per_img=10)
 test_evaluator = val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 """
 

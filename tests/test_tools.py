@@ -142,7 +142,7 @@ def test_load_from_keeps_adapters_for_another_head(trained_seg, seg_config, tmp_
 def test_accumulation_ema_and_checkpointed_heads(seg_config, tmp_path):
     options = [
         'optim_wrapper.accumulative_counts=2',
-        "custom_hooks=[dict(type='EMAHook')]",
+        'custom_hooks.0.type=EMAHook',
         'model.backbone.backbone.with_cp=True',
         'model.backbone.frozen_dtype=bfloat16',
         'model.backbone.saved_dtype=float8_e4m3fn',

@@ -15,8 +15,8 @@ SMALL_SETS = [
     f'configs/{folder}/{name.format(method)}.py'
     for folder, name in (
         ('camvid', '{}swin-nano_upernet_1xb8-1500_camvid-352x480'),
-        ('bccd', 'retinanet_{}swin-nano_fpn_1xb8-600_bccd'),
-        ('nuclei', 'mask-rcnn_{}swin-nano_fpn_1xb8-400_nuclei'),
+        ('bccd', 'retinanet_{}swin-nano_fpn_1xb2-800_bccd'),
+        ('nuclei', 'mask-rcnn_{}swin-nano_fpn_1xb2-600_nuclei'),
     )
     for method in ('frozen-', 'e3va-', '')
 ]

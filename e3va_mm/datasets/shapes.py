@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-CLASSES = ('stripes', 'checks', 'dots', 'waves', 'bricks')
+CLASSES = ('circle', 'square', 'triangle', 'cross', 'star')
 SPLITS = {'train': 240, 'val': 80}
 
 
@@ -65,7 +65,7 @@ def draw_scene(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, n
     owner = np.zeros((image_size, image_size), np.int32)
     categories = rng.integers(1, len(CLASSES) + 1, rng.integers(2, 5))
     for number, category in enumerate(categories, 1):
-        mask = _outline(rng, image_size)
+        mask = _outline(rng, image_size, CLASSES[category - 1])
         picture[mask] = _patterned(rng, image_size, CLASSES[category - 1])[mask]
         owner[mask] = number
     labels = np.concatenate([[0], categories]).astype(np.uint8)[owner]
@@ -87,24 +87,26 @@ def _patterned(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
     y, x = np.mgrid[:size, :size] * (2 * np.pi / period) + rng.uniform(0, 2 * np.pi, (2, 1, 1))
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     height = {
-        'stripes': np.sin(u),
-        'checks': np.sin(u) * np.sin(v),
-        'dots': np.sin(u) + np.sin(v) - 0.9,
-        'waves': np.sin(u + 2 * np.sin(v / 2)),
-        'bricks': np.where(np.sin(v) > 0, np.sin(u / 2), np.cos(u / 2)) - 0.5 * (np.abs(np.sin(v)) < 0.3),
+        'circle': np.sin(u),
+        'square': np.sin(u) * np.sin(v),
+        'triangle': np.sin(u) + np.sin(v) - 0.9,
+        'cross': np.sin(u + 2 * np.sin(v / 2)),
+        'star': np.where(np.sin(v) > 0, np.sin(u / 2), np.cos(u / 2)),
     }[name]
     return np.where(height[..., None] > 0, _noise(rng, size), _noise(rng, size))
 
 
-def _outline(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Mask of a blob of no particular shape."""
-    radius = rng.uniform(0.18, 0.34) * size
+def _outline(rng: np.random.Generator, size: int, name: str = 'circle') -> np.ndarray:
+    """Mask of a shape of random size, place and direction."""
+    radius, turn = rng.uniform(0.16, 0.3) * size, rng.uniform(0, 2 * np.pi)
+    num_corners = {'triangle': 3, 'square': 4, 'cross': 12, 'star': 10}.get(name, 40)
+    angles = turn + 2 * np.pi * np.arange(num_corners) / num_corners
+    reach = {'star': [1, 0.45], 'cross': [0.42, 1, 1]}.get(name, [1])
+    reach = np.resize(reach, num_corners)
+    corners = reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     centre = rng.uniform(radius, size - radius, 2)
-    angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
-    reach = radius * rng.uniform(0.75, 1.1, 9)
-    corners = centre + reach[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     mask = np.zeros((size, size), np.uint8)
-    cv2.fillPoly(mask, [cv2.convexHull(corners.astype(np.int32))], 1)
+    cv2.fillPoly(mask, [np.round(centre + radius * corners).astype(np.int32)], 1)
     return mask.astype(bool)
 
 

@@ -11,12 +11,13 @@ model = dict(
     # Some images hold hundreds of nuclei.
     test_cfg=dict(rcnn=dict(max_per_img=300)),
 )
-max_iters = 400
+max_iters = 600
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=50, end=max_iters, by_epoch=False),
 ]
+optim_wrapper = dict(optimizer=dict(lr=5e-4))
 default_hooks = dict(
     logger=dict(interval=50, log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=200, max_keep_ckpts=1),

@@ -7,6 +7,8 @@ train_pipeline = [
     dict(type='RandomResize', scale=(512, 512), ratio_range=(0.75, 1.25), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(512, 512), allow_negative_crop=True),
     dict(type='RandomFlip', prob=0.5, direction=['horizontal', 'vertical']),
+    # Crops leave slivers at their borders.
+    dict(type='FilterAnnotations', min_gt_bbox_wh=(2, 2)),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
@@ -16,7 +18,7 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=2,
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),

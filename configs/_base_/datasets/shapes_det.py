@@ -3,7 +3,7 @@ _base_ = './nuclei.py'
 data_root = 'data/shapes/'
 metainfo = dict(
     _delete_=True,
-    classes=('stripes', 'checks', 'dots', 'waves', 'bricks'),
+    classes=('circle', 'square', 'triangle', 'cross', 'star'),
     palette=[(230, 60, 60), (60, 180, 75), (70, 110, 230), (240, 190, 40), (160, 60, 190)],
 )
 train_pipeline = [
@@ -19,6 +19,7 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(
+    batch_size=8,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(metainfo=metainfo, data_root=data_root, pipeline=train_pipeline),

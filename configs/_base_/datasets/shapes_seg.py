@@ -3,7 +3,7 @@ _base_ = './camvid.py'
 data_root = 'data/shapes'
 metainfo = dict(
     _delete_=True,
-    classes=('ground', 'stripes', 'checks', 'dots', 'waves', 'bricks'),
+    classes=('ground', 'circle', 'square', 'triangle', 'cross', 'star'),
     palette=[
         [40, 40, 40], [230, 60, 60], [60, 180, 75], [70, 110, 230], [240, 190, 40], [160, 60, 190],
     ],
