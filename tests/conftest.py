@@ -93,13 +93,13 @@ def _write_config(path: Path, base: str, task: str, data: Path, weights: str) ->
 def seg_config(tmp_path_factory, shapes, weights) -> Path:
     """E3VA for segmentation, shrunk to seconds, by a config as a user writes it."""
     path = tmp_path_factory.mktemp('configs') / 'seg.py'
-    return _write_config(path, 'e3va-swin-nano_upernet_1xb8-400_shapes-128x128.py', _SEG, shapes, weights)
+    return _write_config(path, 'e3va-swin-nano_upernet_1xb8-600_shapes-96x96.py', _SEG, shapes, weights)
 
 
 @pytest.fixture(scope='session')
 def det_config(tmp_path_factory, shapes, weights) -> Path:
     path = tmp_path_factory.mktemp('configs') / 'det.py'
-    return _write_config(path, 'retinanet_e3va-swin-nano_fpn_1xb8-500_shapes.py', _DET, shapes, weights)
+    return _write_config(path, 'retinanet_e3va-swin-nano_fpn_1xb8-800_shapes.py', _DET, shapes, weights)
 
 
 def tool(*command, ok=True, **environment) -> str:

@@ -1,8 +1,9 @@
 """A small data set that the package draws itself, for the demo and the tests: no download, the same every time.
 
-Five kinds of shapes lie on a cluttered, textured ground. Colour and texture are drawn from the same distribution for
-shapes, distractors and ground, so that only the outline tells a class: unlike the photographs that backbones are
-pre-trained on. Written as COCO instances and as semantic PNGs.
+Five kinds of shapes, each filled with a pattern of its own, lie on a noisy ground among plain distractors and partly
+cover one another. Colours, noise, size, place and direction are random, so that neither colour nor brightness tells a
+class: little here looks like the photographs that backbones are pre-trained on. Written as COCO instances and as
+semantic PNGs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 CLASSES = ('circle', 'square', 'triangle', 'cross', 'star')
 SPLITS = {'train': 240, 'val': 80}
+_DRAWING = 1  # Raised when the drawing changes, so that data sets written before are replaced.
 
 
 def write_shapes(root: str | Path, image_size: int = 96, splits: dict[str, int] = SPLITS, seed: int = 0) -> None:
@@ -29,7 +31,7 @@ def write_shapes(root: str | Path, image_size: int = 96, splits: dict[str, int] 
         seed: every image is drawn from (seed, split, index) alone.
     """
     root = Path(root)
-    recipe = {'image_size': image_size, 'splits': splits, 'seed': seed}
+    recipe = {'image_size': image_size, 'splits': splits, 'seed': seed, 'drawing': _DRAWING}
     stamp = root / 'recipe.json'
     if stamp.is_file() and json.loads(stamp.read_text()) == recipe:
         return
@@ -82,7 +84,7 @@ def _noise(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _patterned(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
-    """Two noisy colours in a pattern of random period, phase and direction."""
+    """Two noisy colours in the pattern of a class, with random period, phase and direction."""
     period, angle = rng.uniform(6, 12), rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:size, :size] * (2 * np.pi / period) + rng.uniform(0, 2 * np.pi, (2, 1, 1))
     u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x

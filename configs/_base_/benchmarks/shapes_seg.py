@@ -11,12 +11,14 @@ model = dict(
     decode_head=dict(num_classes=6, channels=64),
     auxiliary_head=dict(num_classes=6, channels=32),
 )
-max_iters = 400
+max_iters = 600
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=30, end=max_iters, by_epoch=False),
 ]
+# A high rate, because the schedule is short.
+optim_wrapper = dict(optimizer=dict(lr=4e-3))
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),

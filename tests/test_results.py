@@ -1,0 +1,43 @@
+"""The README's tables are what the committed scripts make of the committed results."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / 'tools'))
+
+
+def table_in_readme(name: str) -> str:
+    text = (ROOT / 'README.md').read_text()
+    return text.split(f'<!-- {name} -->')[1].split(f'<!-- end of {name} -->')[0].strip()
+
+
+def test_results_table():
+    from summarize import summarize
+
+    content = json.loads((ROOT / 'results/small_sets.json').read_text())
+    assert table_in_readme('results table') == summarize(content)
+
+
+def test_demo_table():
+    from demo import format_table
+
+    content = json.loads((ROOT / 'results/demo.json').read_text())
+    assert table_in_readme('demo table') == format_table(content['rows'])
+    values = {(row['task'], row['method']): row['value'] for row in content['rows']}
+    assert all(values[task, 'E3VA'] > values[task, 'frozen'] for task in ('segmentation', 'detection'))
+
+
+def test_every_result_says_where_it_comes_from():
+    content = json.loads((ROOT / 'results/small_sets.json').read_text())
+    for run in content['runs'].values():
+        assert {'device', 'torch', 'commit', 'command', 'seed', 'train_args'} <= set(run)
+        assert (ROOT / run['config']).is_file()
+
+
+@pytest.mark.parametrize('name', ['segmentation.png', 'detection.png', 'bars.png'])
+def test_pictures_in_the_readme_exist(name):
+    assert f'docs/images/{name}' in (ROOT / 'README.md').read_text()
+    assert (ROOT / 'docs/images' / name).stat().st_size > 1000
