@@ -49,7 +49,9 @@ def test_round_trip_loads_the_base_too(model, weights, loader):
 def test_frozen_dtype_does_not_change_the_base(model, weights):
     reduced = build(**pretrained(weights, frozen_dtype='bfloat16'))
     reduced.load_state_dict(model.state_dict())
+    assert torch.equal(reduced.highway[1].core, model.highway[1].core)
     model.load_state_dict(stir(reduced).state_dict())
+    assert torch.equal(reduced.highway[1].core, model.highway[1].core)
 
 
 def break_key(state):

@@ -2,8 +2,8 @@
 
 Five kinds of shapes, each filled with a pattern of its own, lie on a noisy ground among plain distractors and partly
 cover one another. Colours, noise, size, place and direction are random, so that neither colour nor brightness tells a
-class: little here looks like the photographs that backbones are pre-trained on. Written as COCO instances and as
-semantic PNGs.
+class, and all of it is faint: little here looks like the photographs that backbones are pre-trained on. Written as COCO
+instances and as semantic PNGs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 CLASSES = ('circle', 'square', 'triangle', 'cross', 'star')
 SPLITS = {'train': 240, 'val': 80}
+CONTRAST = 0.2  # of the colours that are drawn
 _DRAWING = 1  # Raised when the drawing changes, so that data sets written before are replaced.
 
 
@@ -70,6 +71,7 @@ def draw_scene(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, n
         mask = _outline(rng, image_size, CLASSES[category - 1])
         picture[mask] = _patterned(rng, image_size, CLASSES[category - 1])[mask]
         owner[mask] = number
+    picture = np.round(128 + CONTRAST * (picture.astype(np.float32) - 128)).astype(np.uint8)
     labels = np.concatenate([[0], categories]).astype(np.uint8)[owner]
     instances = [(int(category), owner == number) for number, category in enumerate(categories, 1)]
     return picture, labels, [(category, mask) for category, mask in instances if mask.sum() >= 40]

@@ -18,7 +18,7 @@ param_scheduler = [
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=30, end=max_iters, by_epoch=False),
 ]
 # A high rate, because the schedule is short.
-optim_wrapper = dict(optimizer=dict(lr=4e-3))
+optim_wrapper = dict(optimizer=dict(lr=3e-3))
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
