@@ -90,8 +90,8 @@ def compress(tap: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | N
 
 def decompress(tap: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`compress` up to its rounding."""
-    tap = tap.to(dtype)
-    return tap if scale is None else tap * scale.to(dtype)
+    # The scale may be below what half precision can hold.
+    return tap.to(dtype) if scale is None else (tap.float() * scale).to(dtype)
 
 
 class StageDelta(torch.autograd.Function):

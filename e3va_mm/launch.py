@@ -108,8 +108,8 @@ def _check_dataset(dataset: dict, key: str) -> None:
 
 def _protect_checkpoints(config: Config) -> None:
     """Puts AdapterCheckpointHook, a superset of it, in the place of the stock checkpoint hook."""
-    hook = config.setdefault('default_hooks', {}).setdefault('checkpoint', dict(type='CheckpointHook'))
-    if hook.get('type') == 'CheckpointHook':
+    hook = config.setdefault('default_hooks', {}).setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+    if hook and hook.get('type') == 'CheckpointHook':
         hook['type'] = 'AdapterCheckpointHook'
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -130,7 +130,11 @@ class ResourceReportHook(Hook):
 def _peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def _last_checkpoint_bytes(runner) -> int | None:
