@@ -14,8 +14,9 @@ import cv2
 import matplotlib
 import numpy as np
 from experiments import ROOT, Run, call_tool, provenance, run_all
+from mmengine.config import Config
 
-from e3va_mm.datasets.shapes import CLASSES, write_shapes
+from e3va_mm.datasets.shapes import write_shapes
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -26,7 +27,8 @@ TASKS = {
     'segmentation': ('configs/shapes/{}swin-nano_upernet_1xb8-600_shapes-96x96.py', 'mIoU', 1),
     'detection': ('configs/shapes/retinanet_{}swin-nano_fpn_1xb8-800_shapes.py', 'coco/bbox_mAP', 100),
 }
-PICTURES = 4
+PARTS = ('backbone', 'highway')
+PICTURES, ZOOM = 4, 4
 
 
 def main() -> None:
@@ -75,9 +77,6 @@ def train_and_test(work_dir: Path) -> list[dict]:
     return rows
 
 
-PARTS = ('backbone', 'highway')
-
-
 def checkpoint_of(run: Run, work_dir: Path) -> str:
     return (work_dir / run.name / 'last_checkpoint').read_text()
 
@@ -123,15 +122,18 @@ def draw_bars(rows: list[dict], target: Path) -> None:
 
 def draw_overlays(task: str, work_dir: Path) -> None:
     """A row an image: the image, the truth, and what each method predicts, as drawn by ``tools/infer.py``."""
-    names = [f'{index:04d}.png' for index in range(PICTURES)]
-    columns = {'image': [_read(f'{DATA}/images/val/{name}') for name in names]}
-    columns['truth'] = [_draw_truth(task, index) for index in range(PICTURES)]
+    enlarged = enlarge_images(work_dir / 'images')
+    config = Config.fromfile(TASKS[task][0].format(''))
+    palette = config.test_dataloader.dataset.metainfo.palette
+    columns = {'image': [_read(path) for path in enlarged]}
+    columns['truth'] = [TRUTHS[task](path, palette) for path in enlarged]
     for method, prefix in METHODS.items():
         run = Run(TASKS[task][0].format(prefix))
         out = work_dir / run.name / 'predictions'
-        command = ['tools/infer.py', f'{DATA}/images/val', run.config, checkpoint_of(run, work_dir)]
-        call_tool([*command, '--out-dir', str(out), '--device', 'cpu'], work_dir / run.name / 'infer.log')
-        columns[method] = [_read(out / name) for name in names]
+        command = ['tools/infer.py', str(enlarged[0].parent), run.config, checkpoint_of(run, work_dir)]
+        options = ['--out-dir', str(out), '--score-thr', '0.4', '--device', 'cpu']
+        call_tool([*command, *options], work_dir / run.name / 'infer.log')
+        columns[method] = [_read(out / path.name) for path in enlarged]
     figure, axes = plt.subplots(PICTURES, len(columns), figsize=(8, 2 * PICTURES), layout='constrained')
     for column, (title, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(title)
@@ -142,25 +144,38 @@ def draw_overlays(task: str, work_dir: Path) -> None:
     plt.close(figure)
 
 
-def _read(path: str | Path) -> np.ndarray:
-    return cv2.imread(str(path))[..., ::-1]
+def enlarge_images(folder: Path) -> list[Path]:
+    """Copies of the first validation images, large enough to draw boxes and their names on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f'{index:04d}.png' for index in range(PICTURES)]
+    for path in paths:
+        image = cv2.imread(f'{DATA}/images/val/{path.name}')
+        cv2.imwrite(str(path), cv2.resize(image, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_LINEAR))
+    return paths
 
 
-def _draw_truth(task: str, index: int) -> np.ndarray:
-    picture = _read(f'{DATA}/images/val/{index:04d}.png').copy()
-    palette = plt.get_cmap('Set1').colors
-    if task == 'segmentation':
-        labels = cv2.imread(f'{DATA}/masks/val/{index:04d}.png', cv2.IMREAD_GRAYSCALE)
-        for number in range(1, len(CLASSES) + 1):
-            picture[labels == number] = 255 * np.array(palette[number])
-        return picture
+def draw_true_masks(path: Path, palette: list) -> np.ndarray:
+    labels = cv2.imread(f'{DATA}/masks/val/{path.name}', cv2.IMREAD_GRAYSCALE)
+    labels = cv2.resize(labels, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_NEAREST)
+    return (0.5 * _read(path) + 0.5 * np.array(palette)[labels]).astype(np.uint8)
+
+
+def draw_true_boxes(path: Path, palette: list) -> np.ndarray:
+    picture = np.ascontiguousarray(_read(path))
     content = json.loads(Path(DATA, 'annotations/instances_val.json').read_text())
     for annotation in content['annotations']:
-        if annotation['image_id'] == index:
-            x, y, width, height = annotation['bbox']
-            colour = tuple(255 * part for part in palette[annotation['category_id']])
-            cv2.rectangle(picture, (x, y), (x + width, y + height), colour, 1)
+        if annotation['image_id'] == int(path.stem):
+            x, y, width, height = (ZOOM * side for side in annotation['bbox'])
+            colour = tuple(palette[annotation['category_id'] - 1])
+            cv2.rectangle(picture, (x, y), (x + width, y + height), colour, 3)
     return picture
+
+
+TRUTHS = {'segmentation': draw_true_masks, 'detection': draw_true_boxes}
+
+
+def _read(path: str | Path) -> np.ndarray:
+    return cv2.imread(str(path))[..., ::-1]
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ class Run(NamedTuple):
     config: str
     seed: int = 0
     train_args: tuple[str, ...] = ()
+    cfg_options: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -66,11 +67,12 @@ def run_one(run: Run, work_dir: Path) -> dict:
         return json.loads(result.read_text())
     work_dir.mkdir(parents=True, exist_ok=True)
     command = ['tools/train.py', run.config, '--work-dir', str(work_dir), '--resume', *run.train_args]
-    call_tool([*command, '--cfg-options', f'randomness.seed={run.seed}'], work_dir / 'train.log')
+    call_tool([*command, '--cfg-options', f'randomness.seed={run.seed}', *run.cfg_options], work_dir / 'train.log')
     content = {
         'config': run.config,
         'seed': run.seed,
         'train_args': list(run.train_args),
+        'cfg_options': list(run.cfg_options),
         'report': json.loads((work_dir / 'run_report.json').read_text()),
     }
     result.write_text(json.dumps(content, indent=2))

@@ -38,7 +38,7 @@ def find_images(path: str) -> list[Path]:
 
 
 def load_model(config: Config, checkpoint: str, device: str):
-    """A model with the function that applies it to an image path, and the drawing options of its toolbox."""
+    """A model, and the function of its toolbox that applies it to an image path."""
     if config.default_scope == 'mmseg':
         from mmseg.apis import inference_model, init_model
 
@@ -56,13 +56,9 @@ def main() -> None:
     read_checkpoint(args.checkpoint)  # Says clearly what is wrong with it before anything is built.
     init_default_scope(config.default_scope)
     model, infer = load_model(config, args.checkpoint, args.device)
-    visualizer = VISUALIZERS.build(config.visualizer)
+    visualizer = VISUALIZERS.build({**config.visualizer, 'alpha': 0.5})
     visualizer.dataset_meta = model.dataset_meta
-    options = (
-        {'pred_score_thr': args.score_thr}
-        if config.default_scope == 'mmdet'
-        else {'with_labels': False, 'with_image': True}
-    )
+    options = {'pred_score_thr': args.score_thr} if config.default_scope == 'mmdet' else {'with_labels': False}
     for path in images:
         target = Path(args.out_dir, f'{path.stem}.png')
         visualizer.add_datasample(

@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; step times then include the contention')
     parser.add_argument('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
+    parser.add_argument('--cfg-options', nargs='+', default=[], help='overrides for all runs, as for tools/train.py')
     parser.add_argument('--work-dir', default='work_dirs/grid')
     parser.add_argument('--out', required=True, help='JSON file that collects the results')
     parser.add_argument('--time-limit', type=float, default=float('inf'), help='seconds; no run is started after them')
@@ -40,7 +41,7 @@ def main() -> None:
     out = Path(args.out)
     content = json.loads(out.read_text()) if out.is_file() else {'runs': {}}
     flags = tuple(f'--{flag}' for flag in args.train_args)
-    runs = [Run(config, seed, flags) for seed in args.seeds for config in args.configs]
+    runs = [Run(config, seed, flags, tuple(args.cfg_options)) for seed in args.seeds for config in args.configs]
     lock = threading.Lock()
 
     def collect(run: Run, result: dict) -> None:
