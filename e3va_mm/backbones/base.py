@@ -30,7 +30,6 @@ class FrozenBackbone(BaseModule):
 
     Args:
         backbone: config of the stock backbone, its ``init_cfg`` included, or a built module.
-        trained: names of the base parameters that are trained after all.
         frozen_dtype: 'float16' or 'bfloat16' keeps the frozen matrices in that type and runs the frozen forward
             under autocast to it, whatever the rest of the model runs in; ``None`` leaves both as they are.
         init_cfg: mmengine initialisation of the wrapper itself, e.g. ``dict(type='Pretrained', checkpoint=...)``
