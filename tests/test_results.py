@@ -30,8 +30,16 @@ def test_demo_table():
     assert all(values[task, 'E3VA'] > values[task, 'frozen'] for task in ('segmentation', 'detection'))
 
 
-def test_every_result_says_where_it_comes_from():
-    content = json.loads((ROOT / 'results/small_sets.json').read_text())
+def test_bccd_sentence():
+    content = json.loads((ROOT / 'results/bccd_cpu.json').read_text())
+    runs = (content['runs'][f'retinanet_{method}-swin-nano_fpn_1xb2-800_bccd_seed0'] for method in ('frozen', 'e3va'))
+    frozen, e3va = (100 * run['report']['metrics']['pascal_voc/mAP'] for run in runs)
+    assert f'frozen {frozen:.1f} mAP, E³VA {e3va:.1f} ' in (ROOT / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('name', ['small_sets.json', 'bccd_cpu.json'])
+def test_every_result_says_where_it_comes_from(name):
+    content = json.loads((ROOT / 'results' / name).read_text())
     for run in content['runs'].values():
         assert {'device', 'torch', 'commit', 'command', 'seed', 'train_args'} <= set(run)
         assert (ROOT / run['config']).is_file()
