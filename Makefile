@@ -23,8 +23,8 @@ format: setup  ## fix style
 	$(PYTHON_BIN) -m ruff check --fix .
 	$(PYTHON_BIN) -m ruff format .
 
-benchmark: setup  ## CamVid, BCCD and nuclei from data/: frozen, E3VA and full, three seeds each
-	$(PYTHON_BIN) tools/run_grid.py --out results/small_sets.json
+benchmark: setup  ## on a GPU: CamVid, BCCD and nuclei from data/, frozen, E3VA and full, three seeds each
+	$(PYTHON_BIN) tools/run_grid.py --train-args amp --out results/small_sets.json
 
 clean:  ## remove the environment and all results of runs
 	rm -rf .venv work_dirs

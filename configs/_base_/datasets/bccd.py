@@ -1,6 +1,9 @@
-# BCCD blood cells, 640 x 480, 3 classes: data/bccd/VOC2007 in VOC's layout.
+# BCCD blood cells, 640 x 480, 3 classes: data/bccd/VOC2007 in VOC's layout. Loaders and flips are those of the nuclei.
+_base_ = './nuclei.py'
 data_root = 'data/bccd'
-metainfo = dict(classes=('RBC', 'WBC', 'Platelets'), palette=[(220, 20, 60), (60, 60, 220), (60, 180, 75)])
+metainfo = dict(
+    _delete_=True, classes=('RBC', 'WBC', 'Platelets'), palette=[(220, 20, 60), (60, 60, 220), (60, 180, 75)]
+)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
@@ -17,38 +20,27 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(
-    batch_size=2,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='VOCDataset',
         metainfo=metainfo,
         data_root=data_root,
         ann_file='VOC2007/ImageSets/Main/train.txt',
-        data_prefix=dict(sub_data_root='VOC2007/'),
-        filter_cfg=dict(filter_empty_gt=True),
+        data_prefix=dict(_delete_=True, sub_data_root='VOC2007/'),
         pipeline=train_pipeline,
-    ),
+    )
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='VOCDataset',
         metainfo=metainfo,
         data_root=data_root,
         ann_file='VOC2007/ImageSets/Main/val.txt',
-        data_prefix=dict(sub_data_root='VOC2007/'),
-        test_mode=True,
+        data_prefix=dict(_delete_=True, sub_data_root='VOC2007/'),
         pipeline=test_pipeline,
-    ),
+    )
 )
 test_dataloader = val_dataloader
 # Averaged over IoU 0.50 to 0.95: at 0.50 alone these cells are easy.
 iou_thresholds = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
-val_evaluator = dict(type='VOCMetric', metric='mAP', eval_mode='area', iou_thrs=iou_thresholds)
+val_evaluator = dict(_delete_=True, type='VOCMetric', metric='mAP', eval_mode='area', iou_thrs=iou_thresholds)
 test_evaluator = val_evaluator
