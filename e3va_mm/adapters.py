@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tap_record import TapRecord, decompress
+
 # Adapters evaluated together; bounds the transient hidden activations (group x tokens x hidden) of a stage.
 _GROUP_BYTES = 64 * 2**20
 
@@ -62,83 +64,88 @@ def _single_delta(tap, down_in, core, down_out, down_bias, up_in, up_out, up_bia
     return hidden @ up_in @ block_diagonal @ up_out + up_bias
 
 
-def stage_delta(taps: list[Tensor], weights: AdapterWeights, saved_dtype: torch.dtype | None = None) -> Tensor:
+def stage_delta(record: TapRecord, weights: AdapterWeights) -> Tensor:
     """Sum of the deltas of all adapters of a stage.
 
     Args:
-        taps: ``N`` tensors of frozen activations, (..., C), all of one shape and dtype, without gradient. The
-            products run in their dtype; the weights keep theirs.
-        weights: the ``N`` adapters.
-        saved_dtype: what the backward pass keeps of the taps; ``None`` keeps them as they are. Only the gradient of
-            ``down_in`` sees the rounding: the forward pass and every other gradient are exact.
+        record: the ``N`` taps of the stage, frozen activations (..., C); its ``down_in`` is that of ``weights``.
+        weights: the ``N`` adapters. The products run in the taps' dtype; the weights keep theirs.
 
     Returns:
         (..., C) in the taps' dtype, with gradient to the weights alone.
+
+    Raises:
+        ValueError: the record does not hold ``N`` taps.
     """
-    return StageDelta.apply(saved_dtype, len(taps), *taps, *weights)
-
-
-def compress(tap: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """Rounds ``tap`` to ``dtype`` if that is narrower; 8-bit floats come with the scale that uses their range."""
-    if dtype is None or dtype.itemsize >= tap.dtype.itemsize:
-        return tap, None
-    if dtype.itemsize > 1:
-        return tap.to(dtype), None
-    scale = tap.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(dtype).max
-    return (tap / scale).to(dtype), scale
-
-
-def decompress(tap: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`compress` up to its rounding."""
-    # The scale may be below what half precision can hold.
-    return tap.to(dtype) if scale is None else (tap.float() * scale).to(dtype)
+    if record.num_taps != len(weights.core):
+        raise ValueError(f'this stage has {len(weights.core)} adapters but was given {record.num_taps} taps')
+    kept = (record.kept, record.scales, record.sample, record.rerun)
+    return StageDelta.apply(record.reduced, *kept, *weights).view(record.shape)
 
 
 class StageDelta(torch.autograd.Function):
     """Hand-written :func:`reference_delta` that keeps little for the backward pass.
 
-    Kept: each tap (compressed, for the gradient of ``P``) and its rank-space image ``z P`` of width ``W``. The
-    hidden activations are recomputed from the latter, a group of adapters at a time.
+    Kept: what the :class:`~e3va_mm.tap_record.TapRecord` holds. The hidden activations are recomputed from the
+    rank-space images, a group of adapters at a time.
     """
 
     @staticmethod
-    def forward(ctx, saved_dtype, num_taps, *tensors):
-        taps, weights = tensors[:num_taps], AdapterWeights(*tensors[num_taps:])
-        shape, dtype = taps[0].shape, taps[0].dtype
-        taps = [tap.reshape(-1, shape[-1]) for tap in taps]
-        with torch.autocast(taps[0].device.type, enabled=False):
-            cast = weights.to(dtype)
+    def forward(ctx, reduced, kept, scales, sample, rerun, *fields):
+        weights = AdapterWeights(*fields)
+        with torch.autocast(reduced.device.type, enabled=False):
+            cast = weights.to(reduced.dtype)
             core = _block_diagonal(cast.core)
-            reduced = torch.stack([torch.mm(tap, down_in) for tap, down_in in zip(taps, cast.down_in)])
-            delta = cast.up_bias.sum(0).expand_as(taps[0])
+            delta = cast.up_bias.sum(0).expand(reduced.shape[1], -1)
             for group in _groups(reduced, cast):
                 *_, expanded = _bottleneck(reduced[group], core[group], cast.select(group))
                 delta = torch.addmm(delta, _side_by_side(expanded), cast.up_out[group].flatten(0, 1))
-        saved, scales = zip(*(compress(tap, saved_dtype) for tap in taps))
-        ctx.num_taps, ctx.dtype = num_taps, dtype
-        ctx.save_for_backward(*saved, *scales, reduced, *weights)
-        return delta.reshape(shape)
+        ctx.rerun = rerun
+        ctx.save_for_backward(reduced, kept, scales, sample, *weights)
+        return delta
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        num_taps, saved = ctx.num_taps, ctx.saved_tensors
-        taps, scales = saved[:num_taps], saved[num_taps : 2 * num_taps]
-        reduced, weights = saved[2 * num_taps], AdapterWeights(*saved[2 * num_taps + 1 :])
-        grad = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
+        reduced, kept, scales, sample, *fields = ctx.saved_tensors
+        weights = AdapterWeights(*fields)
+        grad = grad.to(reduced.dtype)
         grads = AdapterWeights(*(torch.empty_like(weight) for weight in weights))
         with torch.autocast(grad.device.type, enabled=False):
-            cast = weights.to(ctx.dtype)
+            cast = weights.to(reduced.dtype)
             core = _block_diagonal(cast.core)
             grads.up_bias.copy_(grad.sum(0).expand_as(weights.up_bias))
+            grad_reduced = []
             for group in _groups(reduced, cast):
-                grad_reduced = _group_backward(
-                    grad, reduced[group], core[group], cast.select(group), grads.select(group)
-                )
-                members = zip(taps[group], scales[group], grads.down_in[group], grad_reduced)
-                for tap, scale, grad_down_in, grad_tap_reduced in members:
-                    grad_down_in.copy_(decompress(tap, scale, ctx.dtype).t() @ grad_tap_reduced)
-        return (None, None, *[None] * num_taps, *grads)
+                grad_group = _group_backward(grad, reduced[group], core[group], cast.select(group), grads.select(group))
+                if kept is not None:
+                    scale = None if scales is None else scales[group].view(-1, 1, 1)
+                    taps = decompress(kept[group], scale, reduced.dtype)
+                    grads.down_in[group].copy_(taps.mT @ _sampled(grad_group, sample))
+                grad_reduced.append(grad_group)
+        if ctx.rerun is not None:
+            _rerun_backward(ctx.rerun, torch.cat(grad_reduced), grads.down_in)
+        fields = [field if needed else None for field, needed in zip(grads, ctx.needs_input_grad[5:])]
+        return (None, None, None, None, None, *fields)
+
+
+def _sampled(grad_reduced: Tensor, sample: Tensor | None) -> Tensor:
+    """The kept tokens' share of a gradient (n, M, W), scaled so that its expectation is that of all tokens."""
+    if sample is None:
+        return grad_reduced
+    return grad_reduced.index_select(1, sample) * (grad_reduced.shape[1] / len(sample))
+
+
+def _rerun_backward(rerun, grad_reduced: Tensor, grad_down_in: Tensor) -> None:
+    """Fills the gradient of ``P`` while the frozen stage produces its taps once more."""
+    pairs = zip(grad_reduced, grad_down_in)
+
+    def visit(tap: Tensor) -> None:
+        grad_tap, target = next(pairs)
+        with torch.autocast(tap.device.type, enabled=False):
+            target.copy_(tap.reshape(-1, tap.shape[-1]).t() @ grad_tap)
+
+    rerun(visit)
 
 
 def _group_backward(grad, reduced, core, weights, grads) -> Tensor:

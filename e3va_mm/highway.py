@@ -12,13 +12,17 @@ backbone, and that offset grows by one batched sum of deltas a stage.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adapters import AdapterWeights, stage_delta
+from .tap_record import EXACT, TapRecord, TapStorage, compress, decompress
 
 INITS = ('zero', 'kaiming')
+BASES = ('learned', 'pca')
 
 
 class StageHighway(nn.Module):
@@ -32,7 +36,9 @@ class StageHighway(nn.Module):
         hidden_ratio: hidden width of the bottleneck over ``embed_dims``.
         init: 'zero' starts with every delta exactly zero (``Q'`` and its bias are 0, all other factors keep the
             variance of their input); 'kaiming' draws all factors, as in the authors' public LoRand code.
-        saved_dtype: see :func:`~e3va_mm.adapters.stage_delta`.
+        basis: 'learned' trains the input basis ``P``. 'pca' fixes it to the leading principal components of each tap
+            over the first training batch, scaled to unit variance; then no tap has to be kept for the backward pass.
+        storage: what the backward pass keeps of the taps.
 
     Raises:
         ValueError: an option outside its range, named with its value.
@@ -46,12 +52,15 @@ class StageHighway(nn.Module):
         branches: int = 2,
         hidden_ratio: float = 0.5,
         init: str = 'zero',
-        saved_dtype: torch.dtype | None = None,
+        basis: str = 'learned',
+        storage: TapStorage = EXACT,
     ) -> None:
         super().__init__()
-        check_adapter_options(rank, branches, hidden_ratio, init)
+        check_adapter_options(rank, branches, hidden_ratio, init, basis)
         width, hidden = rank * branches, max(1, int(embed_dims * hidden_ratio))
-        self.init, self.saved_dtype = init, saved_dtype
+        if basis == 'pca' and width > embed_dims:
+            raise ValueError(f"adapter.basis='pca' finds {embed_dims} components, not rank * branches = {width}")
+        self.init, self.storage = init, storage
         self.down_in = nn.Parameter(torch.empty(num_adapters, embed_dims, width))
         self.core = nn.Parameter(torch.empty(num_adapters, branches, rank, rank))
         self.down_out = nn.Parameter(torch.empty(num_adapters, width, hidden))
@@ -59,6 +68,11 @@ class StageHighway(nn.Module):
         self.up_in = nn.Parameter(torch.empty(num_adapters, hidden, width))
         self.up_out = nn.Parameter(torch.empty(num_adapters, width, embed_dims))
         self.up_bias = nn.Parameter(torch.empty(num_adapters, embed_dims))
+        self.basis_is_fitted = True
+        if basis == 'pca':
+            self.down_in.requires_grad_(False)
+            self.register_buffer('fitted', torch.zeros((), dtype=torch.bool))
+            self.basis_is_fitted = False
         self.reset_parameters()
 
     @property
@@ -73,25 +87,89 @@ class StageHighway(nn.Module):
                 # The factors multiply tokens from the right, so the second-to-last dimension is the fan-in.
                 nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[-2]))
 
-    def forward(self, taps: list[Tensor]) -> Tensor:
+    def record(self) -> TapRecord:
+        """An empty record, to be filled with the stage's taps in their order and passed to :meth:`forward`."""
+        return TapRecord(self.down_in, self.storage)
+
+    def forward(self, record: TapRecord) -> Tensor:
         """Sum of the deltas of the stage's taps.
 
         Args:
-            taps: ``num_adapters`` tensors (B, L, C) without gradient.
+            record: ``num_adapters`` taps (B, L, C) without gradient.
 
         Returns:
             (B, L, C) in the taps' dtype; gradient flows to the adapters alone.
         """
-        if len(taps) != len(self.core):
-            raise ValueError(f'this stage has {len(self.core)} adapters but was given {len(taps)} taps')
-        return stage_delta(taps, self.weights, self.saved_dtype)
+        return stage_delta(record, self.weights)
+
+    def needs_basis(self) -> bool:
+        """Whether ``P`` is to be fixed to principal components that have not been computed yet."""
+        if not self.basis_is_fitted:
+            # Read once: a checkpoint may have brought the basis, and reading synchronises with the device.
+            self.basis_is_fitted = bool(self.fitted)
+        return not self.basis_is_fitted
+
+    def fit_basis(self, taps: Iterable[Tensor]) -> None:
+        """Fixes ``P`` to the principal components of ``num_adapters`` taps (..., C), over all processes' tokens."""
+        with torch.no_grad(), torch.autocast(self.down_in.device.type, enabled=False):
+            for down_in, tap in zip(self.down_in, taps):
+                down_in.copy_(principal_components(tap.reshape(-1, tap.shape[-1]).float(), down_in.shape[-1]))
+        self.fitted.fill_(True)
+        self.basis_is_fitted = True
 
     def extra_repr(self) -> str:
         num_adapters, branches, rank, _ = self.core.shape
         return f'{num_adapters} adapters, embed_dims={self.down_in.shape[1]}, rank={rank}, branches={branches}'
 
 
-def check_adapter_options(rank, branches, hidden_ratio, init) -> None:
+def principal_components(tokens: Tensor, number: int) -> Tensor:
+    """Projection of tokens (M, C) on their leading principal components, (C, number), to unit variance each."""
+    moments = torch.cat(
+        [tokens.t() @ tokens, tokens.sum(0, keepdim=True), tokens.new_full((1, tokens.shape[1]), len(tokens))]
+    )
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(moments)
+    second, first, count = moments[:-2], moments[-2], moments[-1, 0]
+    variances, directions = torch.linalg.eigh(second / count - first.outer(first) / count**2)
+    variances, directions = variances.flip(0)[:number], directions.flip(1)[:, :number]
+    return directions / variances.clamp(min=1e-6 * variances[0].clamp(min=1e-30)).sqrt()
+
+
+class Recomputed(torch.autograd.Function):
+    """``function(state)``, for a cheap function: only ``state`` is kept, in ``limit`` where that is narrower.
+
+    The backward pass evaluates ``function`` again, under the autocast state of the forward pass. Plain autograd would
+    keep the inputs of each of its norms, in fp32.
+
+    Args (of ``apply``):
+        function: a tensor to a tuple of tensors, using ``parameters`` and constants.
+        limit: dtype, or ``None`` to keep the state as it is and the gradients exact.
+        state: (...).
+        parameters: the trained parameters that ``function`` uses.
+    """
+
+    @staticmethod
+    def forward(ctx, function, limit, state, *parameters):
+        device = state.device.type
+        ctx.function, ctx.dtype = function, state.dtype
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        kept, scale = compress(state, limit)
+        ctx.save_for_backward(kept, scale, *parameters)
+        return function(state.detach())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        kept, scale, *parameters = ctx.saved_tensors
+        device, dtype, enabled = ctx.autocast
+        state = decompress(kept, scale, ctx.dtype).detach().requires_grad_()
+        with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
+            # A view, because module hooks (FlopCounterMode has them) refuse leaves inside of autograd.grad.
+            outputs = ctx.function(state.view_as(state))
+        return (None, None, *torch.autograd.grad(outputs, (state, *parameters), grads))
+
+
+def check_adapter_options(rank, branches, hidden_ratio, init, basis) -> None:
     """Raises a ValueError that names the first option outside its range."""
     for name, value in (('rank', rank), ('branches', branches)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -100,3 +178,5 @@ def check_adapter_options(rank, branches, hidden_ratio, init) -> None:
         raise ValueError(f'adapter.hidden_ratio must be a number above 0, got {hidden_ratio!r}')
     if init not in INITS:
         raise ValueError(f'init must be one of {INITS}, got {init!r}')
+    if basis not in BASES:
+        raise ValueError(f'adapter.basis must be one of {BASES}, got {basis!r}')

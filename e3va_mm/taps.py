@@ -6,7 +6,12 @@ modules of the wrapped backbone and copies none of their code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
+
+from .window_attention import WindowLayout, fused_window_attention, window_bias, window_layout
 
 Size = tuple[int, int]
 
@@ -15,12 +20,16 @@ class SwinTaps:
     """Swin Transformer (arXiv 2103.14030) as in mmseg and mmdet.
 
     Taps: the output of (shifted-)window attention and the output of the MLP, both before their residual addition.
+    Stock attention is replaced by its fused equivalent; attention of another class runs as it is.
 
     Args:
         backbone: the stock module.
+        compile_blocks: run the blocks through ``torch.compile``, which fuses norms, casts and activations. Each image
+            size takes two graphs a stage; past ``torch._dynamo.config.recompile_limit`` (8: the first batch shape of a
+            four-stage Swin) other shapes run uncompiled.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, compile_blocks: bool = False) -> None:
         self.backbone = backbone
         self.out_indices = tuple(backbone.out_indices)
         # Stages behind the last output would never get a gradient, and DDP would wait for it.
@@ -28,6 +37,8 @@ class SwinTaps:
         self.embed_dims = list(backbone.num_features[: self.num_stages])
         self.num_taps = [2 * len(stage.blocks) for stage in backbone.stages[: self.num_stages]]
         self.norm_names = [f'norm{index}' for index in self.out_indices]
+        self._biases: dict[tuple[int, int], tuple[tuple, Tensor]] = {}
+        self._run_block = torch.compile(_run_block, dynamic=False) if compile_blocks else _run_block
 
     def embed(self, images: Tensor) -> tuple[Tensor, Size]:
         """Images (B, 3, H, W) -> tokens (B, L, C) and their height and width."""
@@ -36,21 +47,61 @@ class SwinTaps:
             tokens = tokens + self.backbone.absolute_pos_embed
         return self.backbone.drop_after_pos(tokens), size
 
-    def run_stage(self, index: int, tokens: Tensor, size: Size) -> tuple[Tensor, list[Tensor]]:
-        """Tokens at a stage's start -> tokens before its downsampling, and its taps in the order of execution."""
-        taps = []
-        for block in self.backbone.stages[index].blocks:
-            attended = block.attn(block.norm1(tokens), size)
-            tokens = tokens + attended
-            # FFN.forward adds the residual itself; its `layers` are the MLP alone.
-            transformed = block.ffn.layers(block.norm2(tokens))
-            tokens = tokens + transformed
-            taps += [attended, transformed]
-        return tokens, taps
+    @torch.no_grad()
+    def run_stage(self, index: int, tokens: Tensor, size: Size, visit: Callable[[Tensor], None]) -> Tensor:
+        """Runs the blocks of a stage, without gradient.
+
+        Args:
+            index: the stage.
+            tokens: at its start, (B, L, C).
+            size: their height and width.
+            visit: is called with every tap, (B, L, C), in the order of execution.
+
+        Returns:
+            The tokens before the stage's downsampling.
+        """
+        for number, block in enumerate(self.backbone.stages[index].blocks):
+            prepared = self._prepared((index, number), block, tokens, size)
+            tokens, *taps = self._run_block(block, tokens, size, *prepared)
+            for tap in taps:
+                visit(tap)
+        return tokens
+
+    def _prepared(self, key: tuple[int, int], block: nn.Module, tokens: Tensor, size: Size):
+        """Layout and bias of the fused attention; none for attention of another class."""
+        attn = block.attn
+        if (type(attn).__name__, type(attn.w_msa).__name__) != ('ShiftWindowMSA', 'WindowMSA'):
+            return None, None
+        layout = window_layout(len(tokens), tuple(size), attn.window_size, attn.shift_size, tokens.device)
+        return layout, self._bias(key, attn, tokens)
+
+    def _bias(self, key: tuple[int, int], attn: nn.Module, tokens: Tensor) -> Tensor:
+        """The block's bias, prepared again only when its table has been written to or has moved."""
+        table, device = attn.w_msa.relative_position_bias_table, tokens.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        state = (dtype, table.device, table.data_ptr(), table._version)
+        cached, bias = self._biases.get(key, (None, None))
+        if cached != state:
+            bias = window_bias(attn.w_msa, attn.shift_size, dtype)
+            self._biases[key] = state, bias
+        return bias
 
     def downsample(self, index: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         """The stage's own patch merging."""
         return self.backbone.stages[index].downsample(tokens, size)
+
+
+def _run_block(block: nn.Module, tokens: Tensor, size: Size, layout: WindowLayout | None, bias: Tensor | None):
+    """Tokens behind a block, and its two taps."""
+    normed = block.norm1(tokens)
+    if layout is None:
+        attended = block.attn(normed, size)
+    else:
+        attended = fused_window_attention(normed, block.attn.w_msa, layout, bias)
+    tokens = tokens + attended
+    # FFN.forward adds the residual itself; its `layers` are the MLP alone.
+    transformed = block.ffn.layers(block.norm2(tokens))
+    return tokens + transformed, attended, transformed
 
 
 FAMILIES = {
@@ -59,7 +110,7 @@ FAMILIES = {
 }
 
 
-def build_taps(backbone: nn.Module) -> SwinTaps:
+def build_taps(backbone: nn.Module, compile_blocks: bool = False) -> SwinTaps:
     """The family of ``backbone``, subclasses included.
 
     Raises:
@@ -68,7 +119,7 @@ def build_taps(backbone: nn.Module) -> SwinTaps:
     for cls in type(backbone).__mro__:
         family = FAMILIES.get((cls.__module__.partition('.')[0], cls.__name__))
         if family:
-            return family(backbone)
+            return family(backbone, compile_blocks)
     raise TypeError(f'unsupported backbone.type {type(backbone).__name__!r}; supported are {supported_backbones()}')
 
 

@@ -3,7 +3,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from e3va_mm import adapters
-from e3va_mm.adapters import AdapterWeights, compress, decompress, reference_delta, stage_delta
+from e3va_mm.adapters import AdapterWeights, reference_delta, stage_delta
+from e3va_mm.tap_record import TapRecord, TapStorage, compress, decompress
 
 
 def make_weights(num=3, dims=6, branches=2, rank=2, hidden=4, dtype=torch.float64) -> AdapterWeights:
@@ -26,6 +27,15 @@ def make_taps(num=3, shape=(2, 5, 6), dtype=torch.float64):
     return [torch.randn(shape, dtype=dtype) for _ in range(num)]
 
 
+def fast_delta(taps, weights, **storage):
+    record = TapRecord(weights.down_in, TapStorage(**storage))
+    for tap in taps:
+        record.add(tap)
+    if storage.get('recompute'):
+        record.rerun = lambda visit: [visit(tap) for tap in taps]
+    return stage_delta(record, weights)
+
+
 def gradients(delta, weights):
     torch.manual_seed(2)
     return torch.autograd.grad((delta * torch.randn_like(delta)).sum(), tuple(weights))
@@ -38,12 +48,12 @@ def group_bytes(request, monkeypatch):
 
 def test_gradcheck(group_bytes):
     taps = make_taps()
-    assert torch.autograd.gradcheck(lambda *fields: stage_delta(taps, AdapterWeights(*fields)), tuple(make_weights()))
+    assert torch.autograd.gradcheck(lambda *fields: fast_delta(taps, AdapterWeights(*fields)), tuple(make_weights()))
 
 
 def test_equals_plain_autograd(group_bytes):
     taps, weights = make_taps(), make_weights()
-    fast, plain = stage_delta(taps, weights), reference_delta(taps, weights)
+    fast, plain = fast_delta(taps, weights), reference_delta(taps, weights)
     torch.testing.assert_close(fast, plain)
     torch.testing.assert_close(gradients(fast, weights), gradients(plain, weights))
 
@@ -51,12 +61,12 @@ def test_equals_plain_autograd(group_bytes):
 def test_non_contiguous_taps():
     weights = make_weights()
     taps = [tap.transpose(0, 1) for tap in make_taps(shape=(5, 2, 6))]
-    torch.testing.assert_close(stage_delta(taps, weights), reference_delta(taps, weights))
+    torch.testing.assert_close(fast_delta(taps, weights), reference_delta(taps, weights))
 
 
 def test_no_tokens():
     weights = make_weights()
-    delta = stage_delta(make_taps(shape=(0, 5, 6)), weights)
+    delta = fast_delta(make_taps(shape=(0, 5, 6)), weights)
     assert delta.shape == (0, 5, 6)
     assert all(not gradient.any() for gradient in gradients(delta, weights))
 
@@ -64,7 +74,7 @@ def test_no_tokens():
 def test_products_run_in_the_dtype_of_the_taps():
     weights = make_weights(dtype=torch.float32)
     taps = make_taps(dtype=torch.bfloat16)
-    delta = stage_delta(taps, weights)
+    delta = fast_delta(taps, weights)
     assert delta.dtype == torch.bfloat16
     assert {gradient.dtype for gradient in gradients(delta, weights)} == {torch.float32}
     exact = reference_delta([tap.float() for tap in taps], weights)
@@ -74,14 +84,14 @@ def test_products_run_in_the_dtype_of_the_taps():
 def test_autocast_leaves_full_precision_taps_alone():
     weights, taps = make_weights(dtype=torch.float32), make_taps(dtype=torch.float32)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        delta = stage_delta(taps, weights)
+        delta = fast_delta(taps, weights)
     torch.testing.assert_close(delta, reference_delta(taps, weights))
 
 
 @pytest.mark.parametrize(('dtype', 'error'), [(torch.bfloat16, 2e-3), (torch.float8_e4m3fn, 4e-2)])
 def test_saved_dtype_touches_one_gradient_only(dtype, error):
     weights, taps = make_weights(dtype=torch.float32), make_taps(shape=(4, 50, 6), dtype=torch.float32)
-    exact, saved = stage_delta(taps, weights), stage_delta(taps, weights, dtype)
+    exact, saved = fast_delta(taps, weights), fast_delta(taps, weights, dtype=dtype)
     assert torch.equal(exact, saved)
     (exact_down_in, *exact_rest), (down_in, *rest) = gradients(exact, weights), gradients(saved, weights)
     torch.testing.assert_close(rest, exact_rest)
@@ -98,7 +108,7 @@ def test_compression_of_zeros_and_extremes():
 def test_backward_flops_are_those_of_the_highway():
     num, dims, width, hidden, tokens = 3, 6, 4, 4, 10
     weights, taps = make_weights(dtype=torch.float32), make_taps(dtype=torch.float32)
-    delta = stage_delta(taps, weights)
+    delta = fast_delta(taps, weights)
     with FlopCounterMode(display=False) as counter:
         delta.sum().backward()
     core = width * width
@@ -116,6 +126,73 @@ def test_keeps_taps_and_their_rank_space_only():
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
         ):
-            stage_delta(make_taps(dtype=torch.float32), weights, dtype)
-        sizes = sorted(tensor.nbytes for tensor in kept if tensor.data_ptr() not in owned and tensor.ndim)
-        assert sizes == sorted([*[10 * 6 * bytes_per_value] * 3, 3 * 10 * 4 * 4])
+            fast_delta(make_taps(dtype=torch.float32), weights, dtype=dtype)
+        sizes = sorted(tensor.nbytes for tensor in kept if tensor.data_ptr() not in owned)
+        scales = [3 * 4] if dtype == torch.float8_e4m3fn else []
+        assert sizes == sorted([3 * 10 * 6 * bytes_per_value, 3 * 10 * 4 * 4, *scales])
+
+
+def test_recomputed_taps_give_the_same_gradients_and_are_not_kept(group_bytes):
+    weights, taps = make_weights(), make_taps()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        recomputed = fast_delta(taps, weights, recompute=True)
+    assert not any(tensor.shape[-2:] == (10, 6) for tensor in kept)
+    torch.testing.assert_close(gradients(recomputed, weights), gradients(reference_delta(taps, weights), weights))
+
+
+def test_sampled_tokens_give_an_unbiased_gradient():
+    weights, taps = make_weights(), make_taps(shape=(2, 20, 6))
+    exact_down_in, *exact_rest = gradients(fast_delta(taps, weights), weights)
+    deltas = [fast_delta(taps, weights, fraction=0.25) for _ in range(400)]
+    draws = [gradients(delta, weights) for delta in deltas]
+    for _, *rest in draws:
+        torch.testing.assert_close(rest, exact_rest)
+    samples = torch.stack([down_in for down_in, *_ in draws])
+    error_of_mean = samples.std(0) / 20
+    assert ((samples.mean(0) - exact_down_in).abs() / error_of_mean).mean() < 1.2
+    record = TapRecord(weights.down_in, TapStorage(fraction=0.25))
+    record.add(taps[0])
+    assert record.kept.shape == (3, 10, 6)
+
+
+def test_a_fixed_basis_needs_no_taps():
+    weights, taps = make_weights(), make_taps()
+    fixed = weights._replace(down_in=weights.down_in.detach())
+    record = TapRecord(fixed.down_in)
+    record.add(taps[0])
+    assert record.kept is None
+    trained = fixed[1:]
+    torch.manual_seed(2)
+    grads = torch.autograd.grad(fast_delta(taps, fixed).square().sum(), trained)
+    expected = torch.autograd.grad(reference_delta(taps, fixed).square().sum(), trained)
+    torch.testing.assert_close(grads, expected)
+
+
+def test_nothing_is_kept_without_gradient():
+    with torch.no_grad():
+        record = TapRecord(make_weights().down_in)
+    record.add(make_taps()[0])
+    assert record.kept is None
+
+
+@pytest.mark.parametrize(
+    ('shapes', 'message'),
+    [([(2, 5, 6)] * 4, 'got number 4'), ([(2, 5, 6), (2, 4, 6)], r'number 2 of shape \(2, 4, 6\)')],
+)
+def test_taps_that_do_not_fit(shapes, message):
+    record = TapRecord(make_weights().down_in)
+    with pytest.raises(ValueError, match=message):
+        for shape in shapes:
+            record.add(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_under_compile():
+    weights, taps = make_weights(dtype=torch.float32), make_taps(dtype=torch.float32)
+    record = TapRecord(weights.down_in)
+    for tap in taps:
+        record.add(tap)
+    delta = torch.compile(lambda fields: stage_delta(record, fields), fullgraph=True)(weights)
+    expected = reference_delta(taps, weights)
+    torch.testing.assert_close(delta, expected)
+    torch.testing.assert_close(gradients(delta, weights), gradients(expected, weights))

@@ -34,6 +34,7 @@ class FrozenBackbone(BaseModule):
             under autocast to it, whatever the rest of the model runs in; ``None`` leaves both as they are.
         init_cfg: mmengine initialisation of the wrapper itself, e.g. ``dict(type='Pretrained', checkpoint=...)``
             with a trained adapter.
+        compile_frozen: run what is tapped through ``torch.compile``.
 
     Raises:
         KeyError, TypeError: ``backbone`` names no registered or no supported type.
@@ -41,12 +42,16 @@ class FrozenBackbone(BaseModule):
     """
 
     def __init__(
-        self, backbone: dict | nn.Module, frozen_dtype: str | None = None, init_cfg: dict | None = None
+        self,
+        backbone: dict | nn.Module,
+        frozen_dtype: str | None = None,
+        init_cfg: dict | None = None,
+        compile_frozen: bool = False,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         self.frozen_dtype = parse_dtype('frozen_dtype', frozen_dtype, _FROZEN_DTYPES)
         self.backbone = backbone if isinstance(backbone, nn.Module) else _build(backbone)
-        self.taps = build_taps(self.backbone)
+        self.taps = build_taps(self.backbone, compile_frozen)
         self._trained_base: set[str] = set()
         self._base_is_loaded = False
         self._base_record: dict[str, Tensor] = {}

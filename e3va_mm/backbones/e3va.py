@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..highway import StageHighway
+from ..highway import Recomputed, StageHighway
+from ..tap_record import TapStorage
+from ..taps import Size
 from .base import FrozenBackbone, parse_dtype
 
 _SAVED_DTYPES = {
@@ -14,7 +18,7 @@ _SAVED_DTYPES = {
     'bfloat16': torch.bfloat16,
     'float8_e4m3fn': getattr(torch, 'float8_e4m3fn', None),
 }
-_ADAPTER_OPTIONS = ('rank', 'branches', 'hidden_ratio')
+_ADAPTER_OPTIONS = ('rank', 'branches', 'hidden_ratio', 'basis')
 
 
 @MODELS.register_module()
@@ -27,11 +31,16 @@ class E3VABackbone(FrozenBackbone):
 
     Args:
         backbone: config of a stock mmseg or mmdet ``SwinTransformer`` of any size, its ``init_cfg`` included.
-        adapter: ``rank`` (8), ``branches`` (2) and ``hidden_ratio`` (0.5) of the low-rank adapters. The defaults are
-            the paper's: 1,197,312 parameters for Swin-B, 1,792,896 for Swin-L.
+        adapter: ``rank`` (8), ``branches`` (2) and ``hidden_ratio`` (0.5) of the low-rank adapters, and ``basis``
+            ('learned', or 'pca': see :class:`~e3va_mm.highway.StageHighway`). The defaults are the paper's: 1,197,312
+            parameters for Swin-B, 1,792,896 for Swin-L.
         frozen_dtype: 'float16' or 'bfloat16' halves the memory of the frozen weights and speeds their forward up.
-        saved_dtype: 'bfloat16' or 'float8_e4m3fn' is what the backward pass keeps of the taps. The forward pass
-            stays exact; one of seven weight gradients sees the rounding.
+        saved_dtype: 'bfloat16' or 'float8_e4m3fn' is what the backward pass keeps of the taps, where it is narrower
+            than theirs; the highway's state at the end of a stage is then kept in bfloat16. The forward pass is exact.
+        saved_fraction: share of the tokens that the backward pass keeps of the taps, drawn at random in every step;
+            the gradient stays unbiased and becomes noisier. 1 keeps all.
+        recompute_taps: keep no taps and run the frozen stages again in the backward pass: the slow extreme.
+        compile_frozen: run the frozen blocks through ``torch.compile``: for training at one fixed image size.
         init: 'zero' starts exactly at the frozen backbone; 'kaiming' draws all factors.
         init_cfg: see :class:`FrozenBackbone`.
 
@@ -46,12 +55,18 @@ class E3VABackbone(FrozenBackbone):
         adapter: dict | None = None,
         frozen_dtype: str | None = None,
         saved_dtype: str | None = None,
+        saved_fraction: float = 1.0,
+        recompute_taps: bool = False,
+        compile_frozen: bool = False,
         init: str = 'zero',
         init_cfg: dict | None = None,
     ) -> None:
-        super().__init__(backbone, frozen_dtype, init_cfg)
-        options = dict(adapter or {}, init=init, saved_dtype=_parse_saved_dtype(saved_dtype))
+        super().__init__(backbone, frozen_dtype, init_cfg, compile_frozen)
         _check_option_names(adapter or {})
+        storage = TapStorage(_parse_saved_dtype(saved_dtype), _parse_fraction(saved_fraction), recompute_taps)
+        # The state's rounding reaches the gradients of all earlier stages: 8 bits would be too few.
+        self.state_dtype = torch.bfloat16 if saved_dtype else None
+        options = dict(adapter or {}, init=init, storage=storage)
         stages = zip(self.taps.num_taps, self.taps.embed_dims)
         self.highway = nn.ModuleList(StageHighway(num_taps, dims, **options) for num_taps, dims in stages)
         norms = (self.backbone.get_submodule(name) for name in self.taps.norm_names)
@@ -84,30 +99,59 @@ class E3VABackbone(FrozenBackbone):
                 tokens, size = self.taps.embed(images)
             offset, outputs = None, []
             for index, stage in enumerate(self.highway):
-                with torch.no_grad():
-                    tokens, taps = self.taps.run_stage(index, tokens, size)
-                delta = stage(taps)
+                tokens, delta = self._run_stage(index, stage, tokens, size)
                 # At least fp32, also for half-precision deltas: the offset is a sum over the whole depth.
                 delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
                 offset = delta if offset is None else offset + delta
+                results = self._finish_stage(index, tokens, offset, size)
                 if index in self.norms:
-                    outputs.append(self._output(index, tokens, offset, size))
+                    outputs.append(results[0])
                 if index + 1 < len(self.highway):
-                    tokens, offset, size = self._downsample(index, tokens, offset, size)
+                    with torch.no_grad():
+                        tokens, size = self.taps.downsample(index, tokens, size)
+                    offset = results[-1].to(offset.dtype) - tokens
         return tuple(outputs)
 
-    def _output(self, index: int, tokens: Tensor, offset: Tensor, size: tuple[int, int]) -> Tensor:
-        state = tokens + offset
-        # As the stock backbone's: in the dtype that its tokens have, but for a reduced frozen forward.
-        normed = self.norms[index](state if self.frozen_dtype else state.to(tokens.dtype))
-        return self.restore_dtype(normed.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
+    def _run_stage(self, index: int, stage: StageHighway, tokens: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        """The frozen tokens behind a stage's blocks, and the sum of its deltas."""
+        if self.training and stage.needs_basis():
+            taps = []
+            self.taps.run_stage(index, tokens, size, taps.append)
+            stage.fit_basis(taps)
+        record = stage.record()
+        end = self.taps.run_stage(index, tokens, size, record.add)
+        if stage.storage.recompute:
+            record.rerun = self._rerun(index, tokens, size)
+        return end, stage(record)
 
-    def _downsample(self, index: int, tokens: Tensor, offset: Tensor, size: tuple[int, int]):
-        """Both the backbone's tokens and the highway state go through the frozen downsampling."""
-        state, _ = self.taps.downsample(index, tokens + offset, size)
-        with torch.no_grad():
-            tokens, size = self.taps.downsample(index, tokens, size)
-        return tokens, state.to(offset.dtype) - tokens, size
+    def _rerun(self, index: int, tokens: Tensor, size: Size) -> Callable:
+        """Runs a stage once more, outside of this forward pass but under the same autocast."""
+        device = tokens.device.type
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+        def rerun(visit: Callable[[Tensor], None]) -> None:
+            with torch.autocast(device, dtype=dtype, enabled=enabled):
+                self.taps.run_stage(index, tokens, size, visit)
+
+        return rerun
+
+    def _finish_stage(self, index: int, tokens: Tensor, offset: Tensor, size: Size) -> tuple[Tensor, ...]:
+        """The stage's output (if it has one) and the downsampled highway state (if a stage follows)."""
+        norm, dtype = self.norms.get(index), tokens.dtype
+
+        def finish(state: Tensor) -> tuple[Tensor, ...]:
+            outputs = () if norm is None else (self._output(norm, state, dtype, size),)
+            is_last = index + 1 == len(self.highway)
+            return outputs if is_last else (*outputs, self.taps.downsample(index, state, size)[0])
+
+        # Output norm and downsampling are cheap and read the same state, so one copy of it serves both.
+        parameters = () if norm is None else tuple(norm.parameters())
+        return Recomputed.apply(finish, self.state_dtype, tokens + offset, *parameters)
+
+    def _output(self, norm: nn.Module, state: Tensor, dtype: torch.dtype, size: Size) -> Tensor:
+        # As the stock backbone's: in the dtype that its tokens have, but for a reduced frozen forward.
+        normed = norm(state if self.frozen_dtype else state.to(dtype))
+        return self.restore_dtype(normed.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
 
 
 def _check_option_names(adapter: dict) -> None:
@@ -121,3 +165,9 @@ def _parse_saved_dtype(saved_dtype: str | None) -> torch.dtype | None:
     if saved_dtype and dtype is None:
         raise ValueError(f'saved_dtype={saved_dtype!r} needs torch 2.1 or newer, this is {torch.__version__}')
     return dtype
+
+
+def _parse_fraction(fraction: float) -> float:
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        raise ValueError(f'saved_fraction must be a number above 0 and at most 1, got {fraction!r}')
+    return float(fraction)

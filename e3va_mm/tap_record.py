@@ -1,0 +1,122 @@
+"""What a stage keeps of its taps between the forward and the backward pass.
+
+Only the gradient of the adapters' input basis ``P`` needs a tap in its full width; everything behind it needs the
+rank-space image ``z P`` alone. A :class:`TapRecord` is filled while the frozen stage runs, so that a tap is reduced,
+compressed and dropped before the next one exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TapStorage:
+    """What is kept of the taps for the gradient of ``P``; the forward pass and all other gradients are exact.
+
+    Args:
+        dtype: taps are rounded to it where it is narrower than theirs; ``None`` keeps them as they are.
+        fraction: share of the tokens that is kept, drawn anew (with replacement) in every forward pass. The gradient
+            is scaled up accordingly and stays unbiased.
+        recompute: keep no taps; the backward pass runs the frozen stage again.
+    """
+
+    dtype: torch.dtype | None = None
+    fraction: float = 1.0
+    recompute: bool = False
+
+
+EXACT = TapStorage()
+
+
+class TapRecord:
+    """The taps of one stage in one forward pass, ``N`` of ``M`` tokens each.
+
+    Args:
+        down_in: ``P`` of the stage's adapters, (N, C, W).
+        storage: what is kept beside the rank-space images.
+
+    Attributes:
+        reduced: ``z P``, (N, M, W), in the taps' dtype.
+        kept: (N, K, C) in the storage dtype, or ``None`` where no gradient of ``P`` will be asked for.
+        scales: (N,) fp32 for 8-bit floats, else ``None``.
+        sample: (K,) indices of the kept tokens, or ``None`` for all of them.
+        rerun: set by the caller where ``storage.recompute``: feeds the same taps to a function, in order.
+    """
+
+    def __init__(self, down_in: Tensor, storage: TapStorage = EXACT) -> None:
+        self.num_taps, self.shape = 0, None
+        self.reduced = self.kept = self.scales = self.sample = None
+        self.rerun: Callable[[Callable[[Tensor], None]], None] | None = None
+        self._down_in, self._storage = down_in, storage
+        # Decided here, since taps arrive from a frozen forward without gradient.
+        self._keeps_taps = torch.is_grad_enabled() and down_in.requires_grad and not storage.recompute
+
+    def add(self, tap: Tensor) -> None:
+        """Records the next tap, (..., C).
+
+        Raises:
+            ValueError: there are more taps than adapters, or their shapes differ.
+        """
+        if self.shape is None:
+            self._allocate(tap)
+        if self.num_taps == len(self._down_in) or tap.shape != self.shape:
+            raise ValueError(
+                f'{len(self._down_in)} taps of shape {tuple(self.shape)} fit, got number {self.num_taps + 1} of shape '
+                f'{tuple(tap.shape)}'
+            )
+        tokens = tap.reshape(-1, tap.shape[-1])
+        with torch.no_grad(), torch.autocast(tap.device.type, enabled=False):
+            torch.mm(tokens, self._basis[self.num_taps], out=self.reduced[self.num_taps])
+            if self.kept is not None:
+                self._keep(tokens)
+        self.num_taps += 1
+
+    def _allocate(self, tap: Tensor) -> None:
+        num_adapters, dims, width = self._down_in.shape
+        num_tokens = tap.shape[:-1].numel()
+        self.shape = tap.shape
+        self._basis = self._down_in.detach().to(tap.dtype)
+        self.reduced = tap.new_empty(num_adapters, num_tokens, width)
+        if not self._keeps_taps:
+            return
+        num_kept = num_tokens
+        if self._storage.fraction < 1 and num_tokens:
+            num_kept = max(1, round(num_tokens * self._storage.fraction))
+            self.sample = torch.randint(num_tokens, (num_kept,), device=tap.device)
+        dtype = stored_dtype(tap.dtype, self._storage.dtype)
+        self.kept = tap.new_empty(num_adapters, num_kept, dims, dtype=dtype)
+        if dtype.itemsize == 1:
+            self.scales = tap.new_empty(num_adapters, dtype=torch.float32)
+
+    def _keep(self, tokens: Tensor) -> None:
+        if self.sample is not None:
+            tokens = tokens.index_select(0, self.sample)
+        packed, scale = compress(tokens, self._storage.dtype)
+        self.kept[self.num_taps].copy_(packed)
+        if scale is not None:
+            self.scales[self.num_taps] = scale
+
+
+def stored_dtype(dtype: torch.dtype, limit: torch.dtype | None) -> torch.dtype:
+    """The narrower of the two."""
+    return dtype if limit is None or limit.itemsize >= dtype.itemsize else limit
+
+
+def compress(values: Tensor, limit: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """Rounds to ``limit`` if that is narrower; 8-bit floats come with the scale that uses their range."""
+    dtype = stored_dtype(values.dtype, limit)
+    if dtype.itemsize > 1 or not values.numel():
+        return values.to(dtype), None
+    scale = values.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(dtype).max
+    return (values / scale).to(dtype), scale
+
+
+def decompress(packed: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`compress` up to its rounding."""
+    # The scale may be below what half precision can hold.
+    return packed.to(dtype) if scale is None else (packed.float() * scale).to(dtype)

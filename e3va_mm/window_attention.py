@@ -1,0 +1,120 @@
+"""(Shifted-)window attention for inference, with the weights of a stock Swin module (arXiv 2103.14030).
+
+The stock module pads, rolls, partitions, builds its shift mask and materialises the attention matrix in every call.
+Here one gather replaces the first three and one more their inverse; position bias and shift mask are prepared once;
+``scaled_dot_product_attention`` never writes the attention matrix. Windows are ordered so that those that share a mask
+lie together: all of them, or, when shifted, the inner ones, the last column, the last row and the last window.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Size = tuple[int, int]
+# What the stock module adds to the scores of tokens that the shift has brought together.
+_SEPARATED = -100.0
+# Fused kernels put the windows in a grid dimension that ends here.
+_MOST_WINDOWS = 65535
+
+
+class WindowLayout(NamedTuple):
+    """Where the tokens of a batch go: windows of ``n`` tokens, window-major, the batch inside."""
+
+    order: Tensor  # (windows * B * n,) int32: the token at each place; padding points at token 0
+    padding: Tensor  # int64: places that hold padding
+    inverse: Tensor  # (B * H * W,) int32: the place of each token
+    groups: tuple[tuple[int, int, int], ...]  # first and last window (exclusive), and the kind of their mask
+
+
+# Two shapes of a four-stage backbone, for training and validation; each may take megabytes.
+@lru_cache(maxsize=16)
+def window_layout(batch: int, size: Size, window: int, shift: int, device: torch.device) -> WindowLayout:
+    """The layout of ``batch`` images of ``size`` tokens in windows of ``window`` x ``window``.
+
+    Built on ``device`` without synchronising with it: under multi-scale training most batches have a new size.
+    """
+    height, width = size
+    rows, columns = -(-height // window), -(-width // window)
+    num_tokens = batch * height * width
+    tokens = torch.arange(num_tokens, device=device).view(batch, height, width)
+    # Padding carries the number behind the last token.
+    grid = F.pad(tokens, (0, columns * window - width, 0, rows * window - height), value=num_tokens)
+    grid = grid.roll((-shift, -shift), (1, 2)).view(batch, rows, window, columns, window).permute(1, 3, 0, 2, 4)
+    kinds = torch.zeros(rows, columns, dtype=torch.int32, device=device)
+    counts = [rows * columns]
+    if shift:
+        kinds[:, -1] += 1
+        kinds[-1] += 2
+        counts = [(rows - 1) * (columns - 1), rows - 1, columns - 1, 1]
+    order = grid.reshape(rows * columns, -1)[kinds.flatten().argsort(stable=True)].flatten()
+    inverse = order.new_empty(num_tokens + 1)
+    inverse[order] = torch.arange(len(order), device=device)
+    is_token = (order < num_tokens).to(torch.int8)
+    padding = is_token.argsort(stable=True)[: len(order) - num_tokens].clone()
+    return WindowLayout((order * is_token).int(), padding, inverse[:-1].int(), _groups(counts, batch))
+
+
+def _groups(counts: list[int], batch: int) -> tuple[tuple[int, int, int], ...]:
+    groups, start = [], 0
+    for kind, count in enumerate(counts):
+        stop = start + count * batch
+        cuts = range(start, stop, _MOST_WINDOWS)
+        groups += [(first, min(first + _MOST_WINDOWS, stop), kind) for first in cuts]
+        start = stop
+    return tuple(groups)
+
+
+def window_bias(w_msa: nn.Module, shift: int, dtype: torch.dtype) -> Tensor:
+    """Position bias plus mask for each kind of window, (1 or 4, heads, n, n)."""
+    height, width = w_msa.window_size
+    tokens = height * width
+    bias = w_msa.relative_position_bias_table[w_msa.relative_position_index.flatten()]
+    bias = bias.view(1, tokens, tokens, -1).permute(0, 3, 1, 2)
+    if shift:
+        bias = bias + _shift_masks(height, shift, bias.device).unsqueeze(1)
+    # Fused kernels read rows of 16 bytes: the storage is padded, the shape is not.
+    aligned = bias.new_zeros(*bias.shape[:-1], -(-tokens // 8) * 8, dtype=dtype)
+    aligned[..., :tokens] = bias
+    return aligned[..., :tokens]
+
+
+def _shift_masks(window: int, shift: int, device: torch.device) -> Tensor:
+    """(4, n, n): for inner windows, the last column, the last row, and the window in both."""
+    wrapped = torch.arange(window, device=device) >= window - shift
+    row, column = (part.flatten() for part in torch.meshgrid(wrapped, wrapped, indexing='ij'))
+    row, column = row[:, None] != row, column[:, None] != column
+    separated = torch.stack([torch.zeros_like(row), column, row, row | column])
+    return separated * _SEPARATED
+
+
+def fused_window_attention(tokens: Tensor, w_msa: nn.Module, layout: WindowLayout, bias: Tensor) -> Tensor:
+    """What the stock ``ShiftWindowMSA`` computes in eval mode.
+
+    Args:
+        tokens: normalised tokens (B, L, C).
+        w_msa: the stock ``WindowMSA``.
+        layout: of the batch and its size.
+        bias: :func:`window_bias` in the dtype of ``w_msa.qkv``'s output.
+
+    Returns:
+        (B, L, C) in the dtype of ``w_msa.proj``'s output.
+    """
+    batch, length, dims = tokens.shape
+    windows = tokens.reshape(-1, dims).index_select(0, layout.order)
+    if len(layout.padding):
+        windows.index_fill_(0, layout.padding, 0)
+    heads, per_window = w_msa.num_heads, bias.shape[-1]
+    qkv = w_msa.qkv(windows).view(-1, per_window, 3, heads, dims // heads).permute(2, 0, 3, 1, 4)
+    attended = [
+        F.scaled_dot_product_attention(
+            *qkv[:, start:stop], attn_mask=bias[kind : kind + 1].expand(stop - start, -1, -1, -1), scale=w_msa.scale
+        ).transpose(1, 2)
+        for start, stop, kind in layout.groups
+    ]
+    attended = attended[0] if len(attended) == 1 else torch.cat(attended)
+    return w_msa.proj(attended.reshape(-1, dims)).index_select(0, layout.inverse).view(batch, length, -1)
