@@ -19,10 +19,15 @@ class Float32OpsHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_train(self, runner) -> None:
-        for module in runner.model.modules():
-            if type(module).__name__ in _MODULES:
-                module.register_forward_pre_hook(_to_float32, with_kwargs=True)
-                module.register_forward_hook(_to_bfloat16)
+        run_in_float32(runner.model)
+
+
+def run_in_float32(model: torch.nn.Module) -> None:
+    """Wraps the modules of ``model`` that can not compute in bfloat16."""
+    for module in model.modules():
+        if type(module).__name__ in _MODULES:
+            module.register_forward_pre_hook(_to_float32, with_kwargs=True)
+            module.register_forward_hook(_to_bfloat16)
 
 
 def _to_float32(module, args, kwargs):

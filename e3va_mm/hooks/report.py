@@ -92,7 +92,7 @@ class ResourceReportHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         # RuntimeInfoHook has just read the losses, and with that has waited for the device.
         self.step_seconds.append(time.perf_counter() - self._started)
-        self.peak_bytes = max(self.peak_bytes, _peak_bytes())
+        self.peak_bytes = max(self.peak_bytes, process_peak_bytes())
         runner.message_hub.update_scalar('train/peak_memory_mib', self.peak_bytes / MIB)
         runner.message_hub.update_scalar('train/step_seconds', self.step_seconds[-1])
 
@@ -127,7 +127,7 @@ class ResourceReportHook(Hook):
         }
 
 
-def _peak_bytes() -> int:
+def process_peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

@@ -1,0 +1,70 @@
+"""The benchmark tool, run as a user runs it, on a model of seconds."""
+
+import argparse
+import json
+import sys
+
+import pytest
+from conftest import ROOT, tool
+
+sys.path.insert(0, str(ROOT / 'tools'))
+import benchmark
+import summarize_benchmark
+
+CONFIG = 'configs/shapes/swin-nano_upernet_1xb8-600_shapes-96x96.py'
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp('benchmark') / 'out.json'
+    command = ['tools/benchmark.py', '--out', out, '--tasks', '--configs', CONFIG, '--image-sizes', '64x96']
+    command += ['--batch-sizes', '2', '--steps', '2', '--warmup', '1', '--methods']
+    log = tool(*command, 'full', 'e3va+taps-float8', 'e3va+taps-float8+sampled')
+    assert log.count(' MiB, ') == 3
+    assert tool(*command, 'full') == ''
+    return out
+
+
+def test_results_say_what_was_measured_and_where(results):
+    cases = json.loads(results.read_text())['cases']
+    assert len(cases) == 3
+    kept = {}
+    for case in cases.values():
+        (run,) = case['runs']
+        kept[case['method']] = run['saved_in_backbone_mib']
+        assert case['commit'] and case['command'] and case['device'] and case['torch']
+        assert run['peak_memory_mib'] > 100 and 0 < run['step_seconds'] < 60
+        assert set(run['phases']) >= {'neck_and_head', 'backward', 'optimizer'}
+        assert ('highway' in run['phases']) == (case['method'] != 'full')
+    assert 10 * kept['e3va+taps-float8'] < kept['full']
+    assert kept['e3va+taps-float8+sampled'] < kept['e3va+taps-float8']
+
+
+def test_table_and_plots(results, tmp_path):
+    printed = tool('tools/summarize_benchmark.py', results, '--plots', tmp_path)
+    assert '| full | ' in printed and '| e3va+taps-float8 | ' in printed
+    assert all(path.stat().st_size > 5000 for path in tmp_path.glob('*.png')) and list(tmp_path.glob('*.png'))
+
+
+def test_ratios(tmp_path):
+    case = dict(model='m', image_size=[8, 8], precision='fp32', batch_size=1, memory_cap=None, device='cpu')
+    run = dict(step_seconds=1, step_seconds_quartiles=[1, 1], saved_in_backbone_mib=1, batch_size=1)
+    memory = {'full': [100], 'e3va': [40, 60]}
+    cases = {
+        method: {**case, 'method': method, 'runs': [{**run, 'peak_memory_mib': mib} for mib in mibs]}
+        for method, mibs in memory.items()
+    }
+    path = tmp_path / 'results.json'
+    path.write_text(json.dumps({'cases': cases}))
+    assert '| e3va | 50 MiB | 0.50 |' in summarize_benchmark.format_tables(summarize_benchmark.load_rows(path))
+
+
+@pytest.mark.parametrize('method', ['e4va', 'e3va+tap-float8', 'full+'])
+def test_unknown_method(method):
+    with pytest.raises(ValueError, match='methods are .*options'):
+        benchmark.backbone_of(method)
+
+
+def test_every_task_and_size_has_its_config():
+    args = argparse.Namespace(configs=[], tasks=list(benchmark.TASKS), sizes=list(benchmark.SIZES))
+    assert len(benchmark.models(args)) == 12

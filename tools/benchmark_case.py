@@ -1,0 +1,268 @@
+#!/usr/bin/env python
+"""Measures one case of tools/benchmark.py in a process of its own: ``benchmark_case.py CASE.json RESULT.json``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+
+from e3va_mm.hooks.amp import run_in_float32
+from e3va_mm.hooks.report import MIB, process_peak_bytes
+from e3va_mm.launch import enable_amp
+
+AMP_DTYPES = {'fp32': None, 'amp-fp16': 'float16', 'amp-bf16': 'bfloat16'}
+GIB = 2**30
+
+
+class Bench:
+    """A model with its optimizer and one batch, ready to step.
+
+    Args:
+        case: ``config``, ``backbone`` (overrides; ``type`` wraps), ``precision``, ``batch_size``, ``image_size``
+            (H, W), ``data`` ('synthetic' or 'real') and ``cfg_options``.
+    """
+
+    def __init__(self, case: dict) -> None:
+        torch.manual_seed(0)
+        config = Config.fromfile(case['config'])
+        init_default_scope(config.default_scope)
+        config.merge_from_dict(case['cfg_options'])
+        set_backbone(config, case['backbone'])
+        if AMP_DTYPES[case['precision']]:
+            enable_amp(config)
+            config.optim_wrapper.dtype = AMP_DTYPES[case['precision']]
+        self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.model = MODELS.build(config.model)
+        self.model.backbone.init_weights()
+        self.model.to(self.device).train()
+        if case['precision'] == 'amp-bf16':
+            run_in_float32(self.model)
+        self.optim = build_optim_wrapper(self.model, config.optim_wrapper)
+        batch = real_batch(config, case) if case['data'] == 'real' else synthetic_batch(config, case)
+        self.batch = self.model.data_preprocessor(batch, training=True)
+
+    def step(self) -> None:
+        """What mmengine's ``train_step`` does with a batch that is already on the device."""
+        with self.optim.optim_context(self.model):
+            losses = self.model(**self.batch, mode='loss')
+        loss, _ = self.model.parse_losses(losses)
+        self.optim.update_params(loss)
+
+    def synchronize(self) -> float:
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def set_backbone(config: Config, backbone: dict) -> None:
+    """Changes the stock backbone by ``backbone``, or wraps it if that names a ``type``.
+
+    No weights are loaded: what they are does not change what a step costs.
+    """
+    stock = config.model.backbone
+    stock.init_cfg = None
+    stock.pop('pretrained', None)
+    if 'type' in backbone:
+        config.model.backbone = dict(backbone, backbone=stock)
+    else:
+        stock.update(backbone)
+
+
+def real_batch(config: Config, case: dict) -> dict:
+    """The first training batch of the config's own data."""
+    config.train_dataloader.update(batch_size=case['batch_size'], num_workers=0, persistent_workers=False)
+    return next(iter(Runner.build_dataloader(config.train_dataloader, seed=0)))
+
+
+def synthetic_batch(config: Config, case: dict) -> dict:
+    """Random images of one size, with random labels in blocks or 10 random boxes and masks an image."""
+    height, width = case['image_size']
+    if config.default_scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
+
+        size, head = case['batch_size'], config.model.get('bbox_head') or config.model.roi_head.bbox_head
+        num_classes = (head[0] if isinstance(head, (list, tuple)) else head).num_classes
+        with_mask = 'mask_head' in config.model.get('roi_head', {})
+        # It draws labels from 1 up, which leaves none for a single class.
+        batch = demo_mm_inputs(size, (3, height, width), [10] * size, num_classes + 1, with_mask=with_mask)
+        for sample in batch['data_samples']:
+            sample.gt_instances.labels -= 1
+        return batch
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    inputs, samples = [], []
+    for _ in range(case['batch_size']):
+        inputs.append(torch.randint(256, (3, height, width), dtype=torch.uint8))
+        blocks = torch.randint(config.model.decode_head.num_classes, (1, -(-height // 32), -(-width // 32)))
+        labels = blocks.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, :height, :width]
+        samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo=dict(img_shape=(height, width))))
+    return dict(inputs=inputs, data_samples=samples)
+
+
+def measure(bench: Bench, warmup: int, steps: int) -> dict:
+    """Peak memory and the time of a step, then where both go."""
+    for _ in range(warmup):
+        bench.step()
+    cuda = bench.device.type == 'cuda'
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(steps):
+        started = bench.synchronize()
+        bench.step()
+        seconds.append(bench.synchronize() - started)
+    low, median, high = statistics.quantiles(seconds, n=4) if steps > 1 else 3 * seconds
+    result = {
+        'peak_memory_mib': round(process_peak_bytes() / MIB, 1),
+        'step_seconds': median,
+        'step_seconds_quartiles': [low, high],
+    }
+    if cuda:
+        result['peak_reserved_mib'] = round(torch.cuda.max_memory_reserved() / MIB, 1)
+    return {
+        **result,
+        'saved_in_backbone_mib': round(saved_bytes(bench) / MIB, 1),
+        'phases': measure_phases(bench, steps),
+    }
+
+
+def saved_bytes(bench: Bench) -> int:
+    """Bytes that the backbone keeps between forward and backward pass, the weights not counted."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in [*bench.model.parameters(), bench.batch['inputs']]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with bench.optim.optim_context(bench.model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        features = bench.model.backbone(bench.batch['inputs'])
+    del features
+    return sum(kept.values())
+
+
+def measure_phases(bench: Bench, steps: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each phase and, on CUDA, the peak of allocated memory within it."""
+    rows = [_phases_of_a_step(bench) for _ in range(min(steps, 5))]
+    return {
+        phase: {key: statistics.median(row[phase][key] for row in rows) for key in rows[0][phase]} for phase in rows[0]
+    }
+
+
+def _phases_of_a_step(bench: Bench) -> dict[str, dict[str, float]]:
+    marks = [('start', bench.synchronize(), 0.0)]
+
+    def mark(phase: str) -> None:
+        cuda = bench.device.type == 'cuda'
+        marks.append((phase, bench.synchronize(), torch.cuda.max_memory_allocated() / MIB if cuda else 0.0))
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    backbone = bench.model.backbone
+    with bench.optim.optim_context(bench.model):
+        frozen_seconds = run_frozen(bench)
+        mark('alone')
+        handle = backbone.register_forward_hook(lambda *_: mark('backbone'))
+        losses = bench.model(**bench.batch, mode='loss')
+        handle.remove()
+        mark('neck_and_head')
+    loss, _ = bench.model.parse_losses(losses)
+    bench.optim.backward(loss)
+    mark('backward')
+    bench.optim.step()
+    bench.optim.zero_grad()
+    mark('optimizer')
+    phases = {
+        name: {'seconds': now - before, 'peak_mib': peak}
+        for (_, before, _), (name, now, peak) in itertools.pairwise(marks)
+    }
+    alone, forward = phases.pop('alone'), phases.pop('backbone')
+    forward_seconds = forward['seconds']
+    if frozen_seconds is None:
+        return {'backbone_forward': forward, **phases}
+    split = {'seconds': frozen_seconds, 'peak_mib': alone['peak_mib']}
+    return {'frozen_forward': split, 'highway': {**forward, 'seconds': forward_seconds - frozen_seconds}, **phases}
+
+
+def run_frozen(bench: Bench) -> float | None:
+    """Seconds of the frozen part of E3VA's forward pass by itself; ``None`` for backbones without a highway."""
+    backbone, images = bench.model.backbone, bench.batch['inputs']
+    if not hasattr(backbone, 'highway'):
+        return None
+    started = bench.synchronize()
+    with torch.no_grad(), backbone.frozen_forward(images):
+        tokens, size = backbone.taps.embed(images)
+        for index in range(backbone.taps.num_stages):
+            tokens = backbone.taps.run_stage(index, tokens, size, lambda tap: None)
+            if index + 1 < backbone.taps.num_stages:
+                tokens, size = backbone.taps.downsample(index, tokens, size)
+    return bench.synchronize() - started
+
+
+def limit_memory(gibibytes: float) -> None:
+    if not torch.cuda.is_available():
+        raise ValueError('--memory-cap needs a CUDA device')
+    torch.cuda.set_per_process_memory_fraction(gibibytes * GIB / torch.cuda.get_device_properties(0).total_memory)
+
+
+def largest_batch(case: dict) -> int:
+    """The largest batch that trains under the memory cap; 0 if not even one image does."""
+    fits, fails = 0, None
+    while fails is None or fails - fits > 1:
+        batch = max(1, 2 * fits) if fails is None else (fits + fails) // 2
+        if trains({**case, 'batch_size': batch}):
+            fits = batch
+        else:
+            fails = batch
+    return fits
+
+
+def trains(case: dict) -> bool:
+    try:
+        bench = Bench(case)
+        for _ in range(3):
+            bench.step()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        bench = None
+        torch.cuda.empty_cache()
+
+
+def run_case(case: dict) -> dict:
+    if case['memory_cap']:
+        limit_memory(case['memory_cap'])
+    if case['batch_size'] == 'largest':
+        case = {**case, 'batch_size': largest_batch(case)}
+    if not case['batch_size']:
+        return {'batch_size': 0, 'out_of_memory': True}
+    try:
+        result = measure(Bench(case), case['warmup'], case['steps'])
+    except torch.OutOfMemoryError:
+        return {'batch_size': case['batch_size'], 'out_of_memory': True}
+    return {
+        'batch_size': case['batch_size'],
+        **result,
+        'images_per_second': case['batch_size'] / result['step_seconds'],
+    }
+
+
+if __name__ == '__main__':
+    MMLogger.get_instance('benchmark', log_level='ERROR')
+    given, target = map(Path, sys.argv[1:])
+    target.write_text(json.dumps(run_case(json.loads(given.read_text()))))

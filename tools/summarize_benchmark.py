@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+"""Makes Markdown tables (printed) and plots of a result file from tools/benchmark.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+HATCHES = ('', '//', '..', 'xx', '\\\\', '--', '++', 'oo', '**', '||')
+MARKERS = 'osD^vPX*<>'
+
+
+def load_rows(path: str | Path) -> list[dict]:
+    """A row a case: its settings, and medians over its runs."""
+    rows = []
+    for case in json.loads(Path(path).read_text())['cases'].values():
+        runs = [run for run in case['runs'] if not run.get('out_of_memory')]
+        if runs:
+            rows.append({**case, **{key: _median(runs, key) for key in runs[0] if key != 'phases'}, 'runs': runs})
+        elif case['runs']:
+            rows.append({**case, 'batch_size': 0})
+    return rows
+
+
+def _median(runs: list[dict], key: str):
+    values = [run[key] for run in runs if key in run]
+    if isinstance(values[0], list):
+        return [statistics.median(column) for column in zip(*values)]
+    return statistics.median(values)
+
+
+def group_rows(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(_hashable(row[key]) for key in keys), []).append(row)
+    return groups
+
+
+def _hashable(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def format_tables(rows: list[dict]) -> str:
+    """A table a model, image size, precision, batch size and memory cap; ratios are to its rows full and frozen."""
+    parts = []
+    keys = ('model', 'image_size', 'precision', 'batch_size', 'memory_cap', 'device')
+    for (model, (height, width), precision, batch, cap, device), group in group_rows(rows, *keys).items():
+        if not batch:
+            parts.append('\n'.join(f'{model}, {row["method"]}: does not train under {cap} GiB' for row in group))
+            continue
+        title = f'**{model}, {height}×{width}, batch {batch}, {precision}** ({device}{f", {cap} GiB" if cap else ""})'
+        parts.append(f'{title}\n\n{_table(group)}')
+    return '\n\n'.join(parts)
+
+
+def _table(group: list[dict]) -> str:
+    by_method = {row['method']: row for row in group}
+    lines = [
+        '| method | peak memory | of full | of frozen | kept in backbone | step (quartiles) | of full | of frozen |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    for row in group:
+        memory = [_ratio(row, by_method.get(name), 'peak_memory_mib') for name in ('full', 'frozen')]
+        time = [_ratio(row, by_method.get(name), 'step_seconds') for name in ('full', 'frozen')]
+        low, high = (1000 * seconds for seconds in row['step_seconds_quartiles'])
+        lines.append(
+            f'| {row["method"]} | {row["peak_memory_mib"]:.0f} MiB | {memory[0]} | {memory[1]} | '
+            f'{row["saved_in_backbone_mib"]:.1f} MiB | {1000 * row["step_seconds"]:.0f} ms ({low:.0f}–{high:.0f}) | '
+            f'{time[0]} | {time[1]} |'
+        )
+    return '\n'.join(lines)
+
+
+def _ratio(row: dict, reference: dict | None, key: str) -> str:
+    return f'{row[key] / reference[key]:.2f}' if reference else ''
+
+
+def format_phases(rows: list[dict]) -> str:
+    """Where the time of a step goes, in milliseconds; a row a case."""
+    names = ('frozen_forward', 'highway', 'backbone_forward', 'neck_and_head', 'backward', 'optimizer')
+    lines = ['| case | ' + ' | '.join(name.replace('_', ' ') for name in names) + ' |', '|---' * (len(names) + 1) + '|']
+    for row in rows:
+        cells = []
+        for name in names:
+            seconds = [run['phases'][name]['seconds'] for run in row['runs'] if name in run.get('phases', {})]
+            cells.append(f'{1000 * statistics.median(seconds):.0f}' if seconds else '')
+        lines.append(f'| {row["model"]}, batch {row["batch_size"]}, {row["method"]} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def draw_bars(rows: list[dict], target: Path) -> None:
+    """Memory and time of the methods, a group of bars a model; hatches tell them apart in black and white."""
+    models, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ('model', 'method'))
+    memory_label = 'peak memory (MiB)' if 'cpu' not in rows[0]['device'] else 'peak memory of the process (MiB)'
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
+    panels = (
+        ('peak_memory_mib', memory_label),
+        ('saved_in_backbone_mib', 'kept in the backbone for backward (MiB)'),
+        ('step_seconds', 'step time (s)'),
+    )
+    width = 0.85 / len(methods)
+    for axis, (key, label) in zip(axes, panels):
+        for number, method in enumerate(methods):
+            values = {row['model']: row[key] for row in rows if row['method'] == method}
+            places = [index + width * (number - (len(methods) - 1) / 2) for index in range(len(models))]
+            heights = [values.get(model, 0) for model in models]
+            hatch = HATCHES[number % len(HATCHES)]
+            axis.bar(places, heights, width, label=method, hatch=hatch, edgecolor='black', linewidth=0.6)
+        axis.set_xticks(range(len(models)), models)
+        axis.set_ylabel(label)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(rows: list[dict], over: str, target: Path) -> None:
+    """Memory, bytes kept, and throughput of each method against the batch or the image size."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
+    panels = (
+        ('peak_memory_mib', 'peak memory (MiB)'),
+        ('saved_in_backbone_mib', 'kept in the backbone for backward (MiB)'),
+        ('images_per_second', 'images/s'),
+    )
+    for number, ((method,), group) in enumerate(group_rows(rows, 'method').items()):
+        points = sorted((_position(row, over), row) for row in group)
+        for axis, (key, _) in zip(axes, panels):
+            values = [row[key] for _, row in points]
+            axis.plot([position for position, _ in points], values, marker=MARKERS[number], label=method, color='black',
+                      linestyle=('-', '--', ':', '-.')[number % 4], markerfacecolor='white')  # fmt: skip
+    for axis, (_, label) in zip(axes, panels):
+        axis.set_xlabel('batch size' if over == 'batch_size' else 'image size (megapixels)')
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(rows[0]['model'])
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def _position(row: dict, over: str) -> float:
+    return row[over] if over == 'batch_size' else row['image_size'][0] * row['image_size'][1] / 1e6
+
+
+def draw(rows: list[dict], folder: Path, prefix: str) -> list[Path]:
+    """Bars for each setting that has several methods, curves for each model with several batch or image sizes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in rows if row['batch_size']]
+    drawn = []
+    for index, group in enumerate(group_rows(rows, 'precision', 'batch_size').values()):
+        largest = max(_position(row, 'image_size') for row in group)
+        group = [row for row in group if _position(row, 'image_size') == largest or len(group) == 1]
+        drawn.append(folder / f'{prefix}_bars_{index}.png')
+        draw_bars(group, drawn[-1])
+    for over, fixed in (('batch_size', 'image_size'), ('image_size', 'batch_size')):
+        for (model, *_), group in group_rows(rows, 'model', 'precision', fixed).items():
+            if len({_position(row, over) for row in group}) > 1:
+                drawn.append(folder / f'{prefix}_{over}_{model.replace(" ", "_")}.png')
+                draw_curves(group, over, drawn[-1])
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('results', help='JSON file from tools/benchmark.py')
+    parser.add_argument('--plots', metavar='FOLDER', help='also draw plots into this folder')
+    args = parser.parse_args()
+    rows = load_rows(args.results)
+    print(format_tables(rows))
+    print(f'\nWhere the time goes (ms):\n\n{format_phases([row for row in rows if row["batch_size"]])}')
+    if args.plots:
+        for path in draw(rows, Path(args.plots), Path(args.results).stem):
+            print(f'\n{path}')
+
+
+if __name__ == '__main__':
+    main()
