@@ -12,9 +12,10 @@ VERSION = next(
 )
 # The OpenMMLab packages exist under two names each (onedl-mmcv and mmcv, ...), and either serves. A plain install
 # therefore requires neither, nor torch: it must not replace what a user already has. The extras choose.
-ENGINE = ['torch>=2.1', 'onedl-mmengine>=0.10.8', 'onedl-mmcv>=2.3']
+ENGINE = ['torch>=2.4', 'onedl-mmengine>=0.10.8', 'onedl-mmcv>=2.3']
 SEG = [*ENGINE, 'onedl-mmsegmentation>=1.4', 'ftfy']
 DET = [*ENGINE, 'onedl-mmdetection>=3.5']
+PEFT = ['peft>=0.15']
 TEST = ['pytest', 'pytest-xdist', 'ruff']
 
 setup(
@@ -28,5 +29,5 @@ setup(
     package_data={'e3va_mm': ['weights/*.pth', 'weights/*.md']},
     python_requires='>=3.10',
     install_requires=['safetensors'],
-    extras_require={'seg': SEG, 'det': DET, 'test': TEST, 'all': sorted({*SEG, *DET, *TEST})},
+    extras_require={'seg': SEG, 'det': DET, 'peft': PEFT, 'test': TEST, 'all': sorted({*SEG, *DET, *PEFT, *TEST})},
 )

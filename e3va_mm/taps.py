@@ -6,7 +6,8 @@ modules of the wrapped backbone and copies none of their code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from torch import Tensor, nn
 from .window_attention import WindowLayout, fused_window_attention, window_bias, window_layout
 
 Size = tuple[int, int]
+
+
+class BlockSites(NamedTuple):
+    """A transformer block and the modules in it at which methods act."""
+
+    block: nn.Module  # called with (tokens, size)
+    norm1: nn.Module  # reads the block's input
+    attention: nn.Module  # called with (normalised tokens, size); its output is added to the block's input
+    mlp: nn.Module  # its output is added to the residual stream
+    embed_dims: int
 
 
 class SwinTaps:
@@ -85,6 +96,40 @@ class SwinTaps:
             bias = window_bias(attn.w_msa, attn.shift_size, dtype)
             self._biases[key] = state, bias
         return bias
+
+    def block_outputs(self, index: int, tokens: Tensor, size: Size) -> list[Tensor]:
+        """Tokens at a stage's start -> the tokens behind each of its blocks, without gradient."""
+        outputs, taps = [tokens], []
+
+        def visit(tap: Tensor) -> None:
+            taps.append(tap)
+            if len(taps) == 2:
+                outputs.append(outputs[-1] + taps[0] + taps[1])
+                taps.clear()
+
+        self.run_stage(index, tokens, size, visit)
+        return outputs[1:]
+
+    def blocks(self) -> Iterator[BlockSites]:
+        """Where methods that insert modules find a block's parts, in the order of execution."""
+        for stage, dims in zip(self.backbone.stages, self.backbone.num_features):
+            for block in stage.blocks:
+                yield BlockSites(block, block.norm1, block.attn, block.ffn.layers, dims)
+
+    def narrower_blocks(self, index: int, dims: int) -> list[nn.Module]:
+        """New blocks like those of a stage, of width ``dims``, for a side network."""
+        blocks = []
+        for block in self.backbone.stages[index].blocks:
+            attn, heads = block.attn, block.attn.w_msa.num_heads
+            if dims < 1 or dims % heads:
+                raise ValueError(f'blocks of width {dims} can not have the {heads} heads of stage {index}')
+            shift = attn.shift_size > 0
+            blocks.append(type(block)(dims, heads, 4 * dims, window_size=attn.window_size, shift=shift))
+        return blocks
+
+    def narrower_downsample(self, index: int, dims: int, out_dims: int) -> nn.Module:
+        """A new patch merging like that of a stage, for a side network."""
+        return type(self.backbone.stages[index].downsample)(in_channels=dims, out_channels=out_dims)
 
     def downsample(self, index: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         """The stage's own patch merging."""

@@ -278,11 +278,6 @@ def test_bad_options(config, error, message):
         MODELS.build(dict(dict(type='E3VABackbone', backbone=swin()), **config))
 
 
-def test_unknown_method():
-    with pytest.raises(ValueError, match='method must be .* got .*Thawed'):
-        MODELS.build(dict(type='TunedBackbone', backbone=swin(), method=dict(type='Thawed')))
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_amp_on_cuda(dtype):

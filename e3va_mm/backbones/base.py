@@ -103,8 +103,7 @@ class FrozenBackbone(BaseModule):
         Raises:
             FileNotFoundError, CheckpointMismatchError: see :func:`.base_weights.load_base_weights`.
         """
-        # The fingerprint is of the weights as published, so reduced precision is applied to a copy of them.
-        staging = copy.deepcopy(self.backbone).float() if self.frozen_dtype else self.backbone
+        staging = self._staging()
         if names_weights(self.backbone):
             load_base_weights(staging, optional=set(self.taps.norm_names))
         else:
@@ -113,10 +112,18 @@ class FrozenBackbone(BaseModule):
             staging.init_weights()
         self._base_record['fingerprint'] = fingerprint(frozen_tensors(staging, self._trained_base))
         if staging is not self.backbone:
-            with torch.no_grad():
-                for tensor, value in zip(named_tensors(self.backbone).values(), named_tensors(staging).values()):
-                    tensor.copy_(value)
+            self._adopt(staging)
         self._base_is_loaded = True
+
+    def _staging(self) -> nn.Module:
+        """The module that base weights are loaded into: stock, in fp32."""
+        # The fingerprint is of the weights as published, so reduced precision is applied to a copy of them.
+        return copy.deepcopy(self.backbone).float() if self.frozen_dtype else self.backbone
+
+    @torch.no_grad()
+    def _adopt(self, staging: nn.Module) -> None:
+        for tensor, value in zip(named_tensors(self.backbone).values(), named_tensors(staging).values()):
+            tensor.copy_(value)
 
     def base_fingerprint(self) -> Tensor:
         """(number of frozen tensors,) int64; see :func:`e3va_mm.freezing.fingerprint`."""

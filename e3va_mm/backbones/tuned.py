@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import torch
+import copy
+
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..methods import build_method
+from ..methods.peft_methods import merge
 from .base import FrozenBackbone
-
-METHODS = ('Frozen',)
 
 
 @MODELS.register_module()
 class TunedBackbone(FrozenBackbone):
-    """A stock backbone under a comparison method; full fine-tuning is the stock config itself.
+    """A stock backbone under a comparison method.
 
     Args:
         backbone: config of a stock backbone, its ``init_cfg`` included.
-        method: ``dict(type='Frozen')``: nothing in the backbone is trained and no gradient enters it.
+        method: ``dict(type=..., **options)``, a method of :mod:`e3va_mm.methods`.
         frozen_dtype, init_cfg: see :class:`FrozenBackbone`.
 
     Raises:
@@ -32,12 +33,32 @@ class TunedBackbone(FrozenBackbone):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(backbone, frozen_dtype, init_cfg)
-        if method.get('type') not in METHODS or len(method) > 1:
-            raise ValueError(f'method must be dict(type=...) with a type of {METHODS}, got {dict(method)}')
-        self.freeze_base()
+        stock = copy.deepcopy(self.backbone)
+        self.method = build_method(self.taps, method)
+        self.method.inject(self.backbone)
+        # Weights are loaded by their stock names; where those are gone, a stock module is kept until then.
+        self._stock = [stock] if list(stock.state_dict()) != list(self.backbone.state_dict()) else []
+        self.freeze_base(self.method.trained_names(self.backbone))
 
-    @torch.no_grad()
+    def train(self, mode: bool = True) -> TunedBackbone:
+        super().train(mode)
+        if self.method.trains_backbone:
+            self.backbone.train(mode)
+        return self
+
+    def _staging(self) -> nn.Module:
+        return self._stock.pop() if self._stock else super()._staging()
+
+    def _adopt(self, staging: nn.Module) -> None:
+        # Some of peft's tuners start from the base weights, so they are set up once more, on the loaded ones.
+        self.method.inject(staging)
+        super()._adopt(staging)
+
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images (B, 3, H, W) -> the stock feature maps, (B, C_s, H_s, W_s) each, without gradient."""
+        """images (B, 3, H, W) -> feature maps as the stock backbone's, (B, C_s, H_s, W_s) each."""
         with self.frozen_forward(images):
-            return tuple(self.restore_dtype(output) for output in self.backbone(images))
+            return tuple(self.restore_dtype(output) for output in self.method.run(self.taps, images))
+
+    def merge(self) -> nn.Module:
+        """The stock backbone with the method's updates folded into its weights (peft's tuners; changes this module)."""
+        return merge(self.backbone)

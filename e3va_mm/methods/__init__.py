@@ -1,0 +1,40 @@
+"""Comparison methods for :class:`~e3va_mm.backbones.tuned.TunedBackbone`, one dict each.
+
+A method is a module with its own parameters, built on the taps of a backbone. It may hook the backbone's modules; it
+never copies or replaces the backbone's code.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from ..taps import SwinTaps
+from .base import Method
+from .inserted import Adapter, AdaptFormer, LoRand, Mona
+from .peft_methods import PEFT, LoRA
+from .selective import BitFit, Frozen, Full, NormTuning, Partial
+from .side import LST
+
+METHODS = {
+    cls.__name__: cls
+    for cls in (Full, Frozen, BitFit, NormTuning, Partial, Adapter, AdaptFormer, LoRand, Mona, LoRA, PEFT, LST)
+}
+
+
+def build_method(taps: SwinTaps, config: dict) -> Method:
+    """Builds ``dict(type=..., **options)`` on a backbone.
+
+    Raises:
+        ValueError: the type or an option is unknown, or an option is outside its range.
+    """
+    options = dict(config)
+    cls = METHODS.get(options.pop('type', None))
+    if cls is None:
+        raise ValueError(f'method must be dict(type=...) with a type of {list(METHODS)}, got {dict(config)}')
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
+    known = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+    takes_any = len(known) < len(parameters)
+    unknown = sorted(set(options) - set(known))
+    if unknown and not takes_any:
+        raise ValueError(f'unknown option {unknown} in method={dict(config)}; known are {known}')
+    return cls(taps, **options)

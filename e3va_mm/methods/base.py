@@ -1,0 +1,40 @@
+"""What a comparison method has to say."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..taps import SwinTaps
+
+
+class Method(nn.Module):
+    """A way of tuning a backbone.
+
+    Subclasses add parameters, hook the backbone, or name parameters of the backbone that are trained.
+
+    Args:
+        taps: of the stock backbone, which must not become a submodule.
+    """
+
+    # Whether the backbone takes part in training as a stock one does: dropout, stochastic depth, batch statistics.
+    trains_backbone = False
+
+    def __init__(self, taps: SwinTaps) -> None:
+        super().__init__()
+
+    def inject(self, backbone: nn.Module) -> None:
+        """Wraps layers of ``backbone``, where the method does so: first a random one, then one with loaded weights."""
+
+    def trained_names(self, backbone: nn.Module) -> set[str]:
+        """Names of the backbone's own parameters that are trained."""
+        return set()
+
+    def run(self, taps: SwinTaps, images: Tensor) -> tuple[Tensor, ...]:
+        """images (B, 3, H, W) -> the feature maps, (B, C_s, H_s, W_s) each."""
+        return taps.backbone(images)
+
+
+def check_positive(option: str, value) -> None:
+    """Raises a ValueError that names the option unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'method.{option} must be an integer of at least 1, got {value!r}')

@@ -1,0 +1,80 @@
+"""LoRA and its relatives, by the peft library (https://github.com/huggingface/peft)."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from ..taps import SwinTaps
+from .base import Method
+
+
+class PEFT(Method):
+    """Any tuner of the peft library that can be injected into linear layers.
+
+    Args:
+        peft_type: 'LORA', 'LOHA', 'LOKR', 'IA3', 'OFT', ... as peft names them.
+        **options: of peft's config class of that type; ``target_modules`` are names of the backbone's layers: in a
+            Swin ``qkv`` and ``proj`` for attention, ``layers.0.0`` and ``layers.1`` for the MLP.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: peft refuses the options.
+    """
+
+    def __init__(self, taps: SwinTaps, peft_type: str, **options) -> None:
+        super().__init__(taps)
+        given = dict(peft_type=peft_type, **options)
+        try:
+            self.config = _import_peft().get_peft_config(dict(given))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'peft does not take method={given}: {error}') from error
+
+    def inject(self, backbone: nn.Module) -> None:
+        _import_peft().inject_adapter_in_model(copy.deepcopy(self.config), backbone)
+
+    def trained_names(self, backbone: nn.Module) -> set[str]:
+        # peft has frozen all that it does not train.
+        return {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+
+
+class LoRA(PEFT):
+    """Low-rank updates of linear layers (Hu et al., arXiv 2106.09685); can be merged, see ``TunedBackbone.merge``.
+
+    Rank 42 in ``qkv`` and ``proj`` gives Swin-B 3,032,064 parameters, the 3.03 M of the published comparison.
+
+    Args:
+        r: rank.
+        lora_alpha: the update is scaled by ``lora_alpha / r``; default: ``r``.
+        target_modules: names of the layers.
+        **options: of ``peft.LoraConfig``, e.g. ``use_dora=True``.
+    """
+
+    def __init__(
+        self, taps: SwinTaps, r: int = 42, lora_alpha: float | None = None, target_modules=('qkv', 'proj'), **options
+    ) -> None:
+        targets = list(target_modules)
+        super().__init__(
+            taps, 'LORA', r=r, lora_alpha=r if lora_alpha is None else lora_alpha, target_modules=targets, **options
+        )
+
+
+def merge(backbone: nn.Module) -> nn.Module:
+    """Folds what peft injected into the base weights, in place, and unwraps the layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition('.')
+            setattr(backbone.get_submodule(parent), child, module.get_base_layer())
+    return backbone
+
+
+def _import_peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("methods LoRA and PEFT need the peft library: pip install 'e3va_mm[peft]'") from error
+    return peft

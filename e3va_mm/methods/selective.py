@@ -1,0 +1,81 @@
+"""Methods that add nothing and choose which of the backbone's own parameters are trained."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..taps import SwinTaps
+from .base import Method, check_positive
+
+
+class Full(Method):
+    """Full fine-tuning: what the stock config does, behind the wrapper."""
+
+    trains_backbone = True
+
+    def trained_names(self, backbone: nn.Module) -> set[str]:
+        return {name for name, _ in backbone.named_parameters()}
+
+
+class Frozen(Method):
+    """Nothing in the backbone is trained and no gradient enters it."""
+
+    @torch.no_grad()
+    def run(self, taps: SwinTaps, images: Tensor) -> tuple[Tensor, ...]:
+        return taps.backbone(images)
+
+
+class BitFit(Method):
+    """Trains the biases, position bias tables included (Ben Zaken et al., arXiv 2106.10199); 201,656 for Swin-B."""
+
+    def __init__(self, taps: SwinTaps) -> None:
+        super().__init__(taps)
+        for module in taps.backbone.modules():
+            if type(module) is nn.LayerNorm and module.bias is not None:
+                module.__class__ = _LayerNormWithFreeBias
+
+    def trained_names(self, backbone: nn.Module) -> set[str]:
+        return {name for name, _ in backbone.named_parameters() if 'bias' in name.rpartition('.')[2]}
+
+
+class _LayerNormWithFreeBias(nn.LayerNorm):
+    """Adds the bias outside of the kernel: CUDA's backward fails where a bias is trained and its weight is not."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.layer_norm(tokens, self.normalized_shape, self.weight, None, self.eps) + self.bias
+
+
+class NormTuning(Method):
+    """Trains the normalisation layers (Giannou et al., arXiv 2302.07937); 59,392 parameters for Swin-B."""
+
+    def trained_names(self, backbone: nn.Module) -> set[str]:
+        norms = (nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+        return {
+            f'{prefix}.{name}'
+            for prefix, module in backbone.named_modules()
+            if isinstance(module, norms)
+            for name, _ in module.named_parameters()
+        }
+
+
+class Partial(Method):
+    """Trains the last blocks (Yosinski et al., arXiv 1411.1792); 12,601,632 parameters for Swin-B's last one.
+
+    Args:
+        num_blocks: blocks at the end of the backbone that are trained.
+    """
+
+    def __init__(self, taps: SwinTaps, num_blocks: int = 1) -> None:
+        super().__init__(taps)
+        check_positive('num_blocks', num_blocks)
+        names = {module: name for name, module in taps.backbone.named_modules()}
+        blocks = [names[sites.block] for sites in taps.blocks()]
+        if num_blocks > len(blocks):
+            raise ValueError(f'method.num_blocks={num_blocks}, but the backbone has {len(blocks)} blocks')
+        self._trained_blocks = tuple(f'{name}.' for name in blocks[-num_blocks:])
+
+    def trained_names(self, backbone: nn.Module) -> set[str]:
+        return {name for name, _ in backbone.named_parameters() if name.startswith(self._trained_blocks)}

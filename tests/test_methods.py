@@ -1,0 +1,217 @@
+"""Comparison methods: counts and names, equality with the frozen backbone at the start, gradients, checkpoints."""
+
+import copy
+
+import pytest
+import torch
+from conftest import stir, swin
+from mmengine.registry import MODELS
+
+from e3va_mm.methods import METHODS
+from e3va_mm.methods.peft_methods import LoRA
+
+BLOCKS = [f'stages.{stage}.blocks.{block}' for stage in range(4) for block in range(2)]
+# Every method, with options that suit the tiny backbone.
+SMALL = {
+    'Full': {},
+    'Frozen': {},
+    'BitFit': {},
+    'NormTuning': {},
+    'Partial': {},
+    'Adapter': dict(width=4),
+    'AdaptFormer': dict(width=4),
+    'LoRand': dict(rank=2),
+    'Mona': dict(width=4),
+    'LoRA': dict(r=2),
+    'PEFT': dict(peft_type='LOHA', r=2, alpha=2, target_modules=['qkv']),
+    'LST': dict(reduction=4),
+}
+SMALL_CASES = [dict(type=name, **options) for name, options in SMALL.items()] + [
+    dict(type='Partial', num_blocks=3),
+    dict(type='AdaptFormer', width=4, attention=False),
+    dict(type='LoRand', rank=2, shared_core=False),
+    dict(type='LoRA', r=2, target_modules=['layers.0.0', 'layers.1'], use_dora=True),
+]
+IDS = [' '.join(map(str, case.values())) for case in SMALL_CASES]
+
+
+def tuned(method, backbone=None, **options):
+    if method['type'] in ('LoRA', 'PEFT'):
+        pytest.importorskip('peft', reason='needs the peft library')
+    torch.manual_seed(0)
+    model = MODELS.build(dict(type='TunedBackbone', backbone=backbone or swin(), method=method, **options))
+    model.init_weights()
+    return model
+
+
+def trained_names(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_every_method_is_tested():
+    assert set(SMALL) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ('method', 'count'),
+    [
+        (dict(type='BitFit'), 201_656),
+        (dict(type='NormTuning'), 59_392),
+        (dict(type='Partial'), 12_601_632),
+        (dict(type='Adapter'), 3_107_328),
+        (dict(type='AdaptFormer'), 3_107_328),
+        (dict(type='LoRand'), 1_197_312),
+        (dict(type='LoRA'), 3_032_064),
+        (dict(type='Mona'), 3_667_456),
+    ],
+    ids=lambda value: value['type'] if isinstance(value, dict) else str(value),
+)
+def test_trained_parameters_of_swin_b(method, count):
+    if method['type'] == 'LoRA':
+        pytest.importorskip('peft')
+    backbone = swin(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+    model = MODELS.build(dict(type='TunedBackbone', backbone=backbone, method=method))
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == count
+
+
+@pytest.mark.parametrize('method', SMALL_CASES, ids=IDS)
+@pytest.mark.parametrize('size', [(64, 64), (37, 91)])
+def test_starts_as_the_frozen_backbone(method, size):
+    model, images = tuned(method), torch.randn(2, 3, *size)
+    stock = MODELS.build(swin())
+    stock.load_state_dict(stock_weights(model))
+    stock.eval()
+    for output, expected in zip(model.eval()(images), stock(images)):
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def stock_weights(model):
+    """The base weights by their stock names."""
+    return {
+        name.replace('.base_layer.', '.'): value
+        for name, value in model.backbone.state_dict().items()
+        if 'lora_' not in name and 'hada_' not in name
+    }
+
+
+def test_exact_names():
+    def names(method):
+        return {name.removeprefix('backbone.') for name in trained_names(tuned(dict(type=method, **SMALL[method])))}
+
+    every = {name for name, _ in MODELS.build(swin()).named_parameters()}
+    assert names('Full') == every
+    assert names('Frozen') == set()
+    assert names('BitFit') == {name for name in every if name.endswith(('.bias', '.relative_position_bias_table'))}
+    assert names('NormTuning') == {name for name in every if 'norm' in name}
+    assert names('Partial') == {name for name in every if name.startswith('stages.3.blocks.1.')}
+    parts = ('down.weight', 'down.bias', 'up.weight', 'up.bias')
+    assert names('Adapter') == {f'method.inserted.{index}.{part}' for index in range(16) for part in parts}
+    kinds = ('lora_A', 'lora_B')
+    sites = ('qkv', 'proj')
+    assert names('LoRA') == {
+        f'{block}.attn.w_msa.{site}.{kind}.default.weight' for block in BLOCKS for site in sites for kind in kinds
+    }
+
+
+@pytest.mark.parametrize('method', SMALL_CASES, ids=IDS)
+def test_gradients_reach_what_is_trained_and_nothing_else(method):
+    model = stir(tuned(method)).train()
+    outputs = model(torch.randn(2, 3, 50, 70))
+    if method['type'] == 'Frozen':
+        assert not any(output.requires_grad for output in outputs)
+        return
+    sum(output.square().sum() for output in outputs).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.parametrize('method', SMALL_CASES, ids=IDS)
+def test_checkpoints_hold_what_is_trained(method, weights):
+    backbone = swin(init_cfg=dict(type='Pretrained', checkpoint=weights))
+    model = stir(tuned(method, backbone))
+    state = model.state_dict()
+    buffers = {name for name in state if 'relative_position_index' in name}
+    assert set(state) - buffers - {'base_fingerprint'} == trained_names(model)
+    torch.manual_seed(1)
+    clone = MODELS.build(dict(type='TunedBackbone', backbone=backbone, method=method))
+    clone.load_state_dict(state, strict=False)
+    images = torch.randn(1, 3, 64, 64)
+    for output, expected in zip(clone.eval()(images), model.eval()(images)):
+        torch.testing.assert_close(output, expected)
+
+
+def test_a_deep_copy_calls_its_own_modules():
+    images = torch.randn(1, 3, 64, 64)
+    for name in ('Adapter', 'Mona', 'LoRand'):
+        model = tuned(dict(type=name, **SMALL[name])).eval()
+        clone = copy.deepcopy(model)
+        stir(clone, 1.0)
+        before = model(images)[0]
+        assert not torch.allclose(before, clone(images)[0])
+        assert torch.equal(before, model(images)[0])
+
+
+def test_the_side_network_keeps_the_backbone_out_of_the_graph():
+    model = stir(tuned(dict(type='LST', reduction=4)))
+    nodes, seen = [output.grad_fn for output in model(torch.randn(1, 3, 64, 64))], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+    variables = {id(node.variable) for node in seen if hasattr(node, 'variable')}
+    assert not variables & {id(parameter) for parameter in model.backbone.stages.parameters()}
+
+
+def test_merged_lora_is_a_stock_backbone_with_the_same_outputs():
+    model = stir(tuned(dict(type='LoRA', r=2))).eval()
+    images = torch.randn(1, 3, 64, 64)
+    expected = model(images)
+    stock = MODELS.build(swin())
+    stock.eval()
+    stock_module = model.merge()
+    stock.load_state_dict(stock_module.state_dict())
+    for output, reference in zip(stock(images), expected):
+        torch.testing.assert_close(output, reference, rtol=0, atol=1e-5)
+
+
+def test_bitfit_norms_compute_the_same():
+    model = tuned(dict(type='BitFit'))
+    stir(model)
+    images = torch.randn(1, 3, 64, 64)
+    stock = MODELS.build(swin())
+    stock.eval()
+    stock.load_state_dict(model.backbone.state_dict())
+    for output, expected in zip(model(images), stock(images)):
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_full_is_in_train_mode_and_the_others_are_not():
+    backbone = swin(drop_path_rate=0.5)
+    assert tuned(dict(type='Full'), backbone).train().backbone.training
+    assert not tuned(dict(type='Adapter', width=4), backbone).train().backbone.training
+
+
+@pytest.mark.parametrize(
+    ('method', 'message'),
+    [
+        (dict(type='Thawed'), 'method must be .* got .*Thawed'),
+        (dict(type='Adapter', widht=4), r"unknown option \['widht'\].*known are \['width'\]"),
+        (dict(type='Adapter', width=0), 'method.width must be an integer of at least 1, got 0'),
+        (dict(type='Partial', num_blocks=9), 'num_blocks=9, but the backbone has 8 blocks'),
+        (dict(type='Mona', kernel_sizes=(2, 3)), 'kernel_sizes must be odd'),
+        (dict(type='LoRA', rank=8), 'peft does not take method=.*rank'),
+        (dict(type='PEFT', peft_type='LORE'), 'peft does not take method=.*LORE'),
+        (dict(type='LST', reduction=8), 'can not have the .* heads'),
+    ],
+)
+def test_bad_methods(method, message):
+    with pytest.raises(ValueError, match=message):
+        tuned(method)
+
+
+def test_lora_without_peft(monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'peft', None)
+    with pytest.raises(ImportError, match=r"pip install 'e3va_mm\[peft\]'"):
+        MODELS.build(dict(type='TunedBackbone', backbone=swin(), method=dict(type='LoRA')))
+    assert issubclass(LoRA, torch.nn.Module)
