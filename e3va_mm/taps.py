@@ -25,6 +25,7 @@ class BlockSites(NamedTuple):
     attention: nn.Module  # called with (normalised tokens, size); its output is added to the block's input
     mlp: nn.Module  # its output is added to the residual stream
     embed_dims: int
+    stage: int
 
 
 class SwinTaps:
@@ -112,9 +113,9 @@ class SwinTaps:
 
     def blocks(self) -> Iterator[BlockSites]:
         """Where methods that insert modules find a block's parts, in the order of execution."""
-        for stage, dims in zip(self.backbone.stages, self.backbone.num_features):
+        for index, (stage, dims) in enumerate(zip(self.backbone.stages, self.backbone.num_features)):
             for block in stage.blocks:
-                yield BlockSites(block, block.norm1, block.attn, block.ffn.layers, dims)
+                yield BlockSites(block, block.norm1, block.attn, block.ffn.layers, dims, index)
 
     def narrower_blocks(self, index: int, dims: int) -> list[nn.Module]:
         """New blocks like those of a stage, of width ``dims``, for a side network."""

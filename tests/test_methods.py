@@ -25,11 +25,13 @@ SMALL = {
     'LoRA': dict(r=2),
     'PEFT': dict(peft_type='LOHA', r=2, alpha=2, target_modules=['qkv']),
     'LST': dict(reduction=4),
+    'DTL': {},
 }
 SMALL_CASES = [dict(type=name, **options) for name, options in SMALL.items()] + [
     dict(type='Partial', num_blocks=3),
     dict(type='AdaptFormer', width=4, attention=False),
     dict(type='LoRand', rank=2, shared_core=False),
+    dict(type='DTL', kernel_size=5, first_stage=1, num_fed_blocks=5),
     dict(type='LoRA', r=2, target_modules=['layers.0.0', 'layers.1'], use_dora=True),
 ]
 IDS = [' '.join(map(str, case.values())) for case in SMALL_CASES]
@@ -63,6 +65,8 @@ def test_every_method_is_tested():
         (dict(type='LoRand'), 1_197_312),
         (dict(type='LoRA'), 3_032_064),
         (dict(type='Mona'), 3_667_456),
+        # 18 maps of 2 * 4 * 512 and 2 of 2 * 4 * 1024.
+        (dict(type='DTL'), 90_112),
     ],
     ids=lambda value: value['type'] if isinstance(value, dict) else str(value),
 )
@@ -142,13 +146,13 @@ def test_checkpoints_hold_what_is_trained(method, weights):
 
 def test_a_deep_copy_calls_its_own_modules():
     images = torch.randn(1, 3, 64, 64)
-    for name in ('Adapter', 'Mona', 'LoRand'):
+    for name in ('Adapter', 'Mona', 'LoRand', 'DTL'):
         model = tuned(dict(type=name, **SMALL[name])).eval()
         clone = copy.deepcopy(model)
         stir(clone, 1.0)
-        before = model(images)[0]
-        assert not torch.allclose(before, clone(images)[0])
-        assert torch.equal(before, model(images)[0])
+        before = model(images)[-1]
+        assert not torch.allclose(before, clone(images)[-1])
+        assert torch.equal(before, model(images)[-1])
 
 
 def test_the_side_network_keeps_the_backbone_out_of_the_graph():
@@ -202,6 +206,8 @@ def test_full_is_in_train_mode_and_the_others_are_not():
         (dict(type='Mona', kernel_sizes=(2, 3)), 'kernel_sizes must be odd'),
         (dict(type='LoRA', rank=8), 'peft does not take method=.*rank'),
         (dict(type='PEFT', peft_type='LORE'), 'peft does not take method=.*LORE'),
+        (dict(type='DTL', first_stage=4), r'first_stage must be one of \[0, 1, 2, 3\], got 4'),
+        (dict(type='DTL', num_fed_blocks=2), 'leaves stage 2 without a fed block'),
         (dict(type='LST', reduction=8), 'can not have the .* heads'),
     ],
 )

@@ -13,11 +13,11 @@ from .base import Method
 from .inserted import Adapter, AdaptFormer, LoRand, Mona
 from .peft_methods import PEFT, LoRA
 from .selective import BitFit, Frozen, Full, NormTuning, Partial
-from .side import LST
+from .side import DTL, LST
 
 METHODS = {
     cls.__name__: cls
-    for cls in (Full, Frozen, BitFit, NormTuning, Partial, Adapter, AdaptFormer, LoRand, Mona, LoRA, PEFT, LST)
+    for cls in (Full, Frozen, BitFit, NormTuning, Partial, Adapter, AdaptFormer, LoRand, Mona, LoRA, PEFT, LST, DTL)
 }
 
 

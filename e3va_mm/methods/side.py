@@ -1,11 +1,11 @@
-"""Side networks other than the highway: the backbone runs forward only, as for E³VA."""
+"""Side networks other than the highway."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from ..taps import Size, SwinTaps
+from ..taps import BlockSites, Size, SwinTaps
 from .base import Method, check_positive
 
 # The gates' temperature in the paper's code: they move ten times faster than a plain sigmoid.
@@ -13,7 +13,7 @@ _TEMPERATURE = 0.1
 
 
 class LST(Method):
-    """Ladder side-tuning (Sung et al., arXiv 2206.06522).
+    """Ladder side-tuning (Sung et al., arXiv 2206.06522); the backbone runs forward only, as for E³VA.
 
     A side network of blocks like the backbone's, ``reduction`` times narrower. Behind block ``i`` of the backbone::
 
@@ -74,3 +74,97 @@ class _SideStage(nn.Module):
             # Ahead of the first block there is nothing yet to weigh against.
             side = block(reduced if side is None else gate * side + (1 - gate) * reduced, size)
         return side
+
+
+class DTL(Method):
+    """Disentangled transfer learning (Fu et al., arXiv 2312.07856).
+
+    From ``first_stage`` on, each stage has a side state ``h`` that starts at 0 and gathers, ahead of every block, a
+    low-rank map of the block's input; behind each of the backbone's last blocks it is fed back::
+
+        h = h + x A B,    x = block(x),    x = x + conv(h * sigmoid(beta * h))
+
+    Gradient runs through the backbone from the first block that is fed, not before. The defaults are the authors' for
+    Swin-B, where these are blocks 14 to 23 of 24 and the side state gathers from block 4.
+
+    Args:
+        rank: of the maps.
+        beta: steepness of the activation.
+        kernel_size: of a depthwise convolution, one a stage, before feeding back: DTL+ (5); 0 has none.
+        first_stage: index of the first stage with a side state.
+        num_fed_blocks: blocks at the end of the backbone that are fed.
+    """
+
+    def __init__(
+        self,
+        taps: SwinTaps,
+        rank: int = 4,
+        beta: float = 100.0,
+        kernel_size: int = 0,
+        first_stage: int = 2,
+        num_fed_blocks: int = 10,
+    ) -> None:
+        super().__init__(taps)
+        check_positive('rank', rank)
+        check_positive('num_fed_blocks', num_fed_blocks)
+        stages: dict[int, list[BlockSites]] = {}
+        for sites in taps.blocks():
+            stages.setdefault(sites.stage, []).append(sites)
+        if first_stage not in stages:
+            raise ValueError(f'method.first_stage must be one of {list(stages)}, got {first_stage!r}')
+        fed = [sites.block for sites in taps.blocks()][-num_fed_blocks:]
+        self.stages = nn.ModuleList()
+        for index, blocks in stages.items():
+            if index < first_stage:
+                continue
+            if blocks[-1].block not in fed:
+                raise ValueError(f'method.num_fed_blocks={num_fed_blocks} leaves stage {index} without a fed block')
+            self.stages.append(_SideState(blocks, rank, beta, kernel_size, fed))
+
+
+class _SideState(nn.Module):
+    """The side state of one stage, and the hooks that move it along the stage's blocks."""
+
+    def __init__(self, blocks: list[BlockSites], rank: int, beta: float, kernel_size: int, fed: list) -> None:
+        super().__init__()
+        dims = blocks[0].embed_dims
+        self.beta, self.state = beta, None
+        self.maps = nn.ModuleList(
+            nn.Sequential(nn.Linear(dims, rank, bias=False), nn.Linear(rank, dims, bias=False)) for _ in blocks
+        )
+        for low_rank in self.maps:
+            nn.init.zeros_(low_rank[1].weight)
+        self.conv = None
+        if kernel_size:
+            self.conv = nn.Conv2d(dims, dims, kernel_size, padding='same', groups=dims, bias=False)
+        for number, sites in enumerate(blocks):
+            sites.block.register_forward_pre_hook(_Gather(self, number))
+            if sites.block in fed:
+                sites.block.register_forward_hook(_Feed(self, sites is blocks[-1]))
+
+
+class _Gather:
+    """Forward pre-hook of a block."""
+
+    def __init__(self, side: _SideState, number: int) -> None:
+        self.side, self.number = side, number
+
+    def __call__(self, block: nn.Module, args: tuple) -> None:
+        gathered = self.side.maps[self.number](args[0])
+        self.side.state = gathered if self.number == 0 else self.side.state + gathered
+
+
+class _Feed:
+    """Forward hook of a block."""
+
+    def __init__(self, side: _SideState, is_last: bool) -> None:
+        self.side, self.is_last = side, is_last
+
+    def __call__(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        state = self.side.state
+        fed = state * torch.sigmoid(self.side.beta * state)
+        if self.side.conv is not None:
+            fed = self.side.conv(fed.transpose(1, 2).unflatten(2, tuple(args[1]))).flatten(2).transpose(1, 2)
+        if self.is_last:
+            self.side.state = None
+        return output + fed
