@@ -112,7 +112,13 @@ def test_interrupted_and_resumed(trained_seg, seg_config, tmp_path, sent):
     command = [sys.executable, 'tools/train.py', str(seg_config), '--work-dir', str(tmp_path)]
     with open(tmp_path / 'cut.log', 'w') as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, 'OMP_NUM_THREADS': '1'}
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            # A shell's background jobs, and all that they start, ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     while not (tmp_path / 'iter_2.pth').exists() and process.poll() is None:
         time.sleep(0.005)
