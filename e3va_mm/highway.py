@@ -12,7 +12,7 @@ backbone, and that offset grows by one batched sum of deltas a stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -109,13 +109,21 @@ class StageHighway(nn.Module):
             self.basis_is_fitted = bool(self.fitted)
         return not self.basis_is_fitted
 
-    def fit_basis(self, taps: Iterable[Tensor]) -> None:
-        """Fixes ``P`` to the principal components of ``num_adapters`` taps (..., C), over all processes' tokens."""
-        with torch.no_grad(), torch.autocast(self.down_in.device.type, enabled=False):
-            for down_in, tap in zip(self.down_in, taps):
-                down_in.copy_(principal_components(tap.reshape(-1, tap.shape[-1]).float(), down_in.shape[-1]))
+    def fit_basis(self) -> Callable[[Tensor], None]:
+        """A visitor of the stage's taps that fixes each adapter's ``P`` to its tap's principal components.
+
+        The components are those over the tokens of all processes, which must visit at the same time.
+        """
+        bases = iter(self.down_in)
+
+        def visit(tap: Tensor) -> None:
+            with torch.no_grad(), torch.autocast(tap.device.type, enabled=False):
+                basis = next(bases)
+                basis.copy_(principal_components(tap.reshape(-1, tap.shape[-1]).float(), basis.shape[-1]))
+
         self.fitted.fill_(True)
         self.basis_is_fitted = True
+        return visit
 
     def extra_repr(self) -> str:
         num_adapters, branches, rank, _ = self.core.shape

@@ -59,12 +59,6 @@ def test_ratios(tmp_path):
     assert '| e3va | 50 MiB | 0.50 |' in summarize_benchmark.format_tables(summarize_benchmark.load_rows(path))
 
 
-@pytest.mark.parametrize('method', ['e4va', 'e3va+tap-float8', 'full+'])
-def test_unknown_method(method):
-    with pytest.raises(ValueError, match='methods are .*options'):
-        benchmark.backbone_of(method)
-
-
 def test_every_task_and_size_has_its_config():
     args = argparse.Namespace(configs=[], tasks=list(benchmark.TASKS), sizes=list(benchmark.SIZES))
     assert len(benchmark.models(args)) == 12

@@ -75,7 +75,9 @@ def test_a_pca_basis_is_fitted_once_and_kept_in_the_state_dict():
     highway = StageHighway(2, 16, rank=2, basis='pca')
     taps = [torch.randn(2, 30, 16) for _ in range(2)]
     assert highway.needs_basis() and not highway.down_in.requires_grad
-    highway.fit_basis(taps)
+    visit = highway.fit_basis()
+    for tap in taps:
+        visit(tap)
     assert not highway.needs_basis()
     clone = StageHighway(2, 16, rank=2, basis='pca')
     clone.load_state_dict(highway.state_dict())

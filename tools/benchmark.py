@@ -4,8 +4,8 @@
 Each case runs in a process of its own, and the repeats are interleaved: all cases once, then all again. Cases that are
 already in the file are not repeated. ``tools/summarize_benchmark.py`` makes tables and plots of the file.
 
-A method is ``full``, ``full+checkpointed`` (activation checkpointing), ``frozen``, or ``e3va`` with any of the options
-below appended: ``e3va+bf16+taps-float8``.
+A method is a name with options appended: ``full+checkpointed`` (activation checkpointing), ``lora``,
+``e3va+bf16+taps-float8``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from experiments import ROOT, provenance
+from method_specs import METHODS, OPTIONS, backbone_of
 from mmengine.config import DictAction
 
 TASKS = {
@@ -27,22 +28,6 @@ TASKS = {
     'retinanet': ('configs/voc/retinanet_swin-{short}-*.py', (800, 1344)),
 }
 SIZES = {'t': 'tiny', 's': 'small', 'b': 'base', 'l': 'large'}
-METHODS = {
-    'full': {},
-    'frozen': dict(type='TunedBackbone', method=dict(type='Frozen')),
-    'e3va': dict(type='E3VABackbone'),
-}
-OPTIONS = {
-    'checkpointed': dict(with_cp=True),
-    'bf16': dict(frozen_dtype='bfloat16'),
-    'fp16': dict(frozen_dtype='float16'),
-    'taps-bf16': dict(saved_dtype='bfloat16'),
-    'taps-float8': dict(saved_dtype='float8_e4m3fn'),
-    'sampled': dict(saved_fraction=0.125),
-    'recomputed': dict(recompute_taps=True),
-    'pca': dict(adapter=dict(basis='pca')),
-    'compiled': dict(compile_frozen=True),
-}
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +36,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--tasks', nargs='*', default=list(TASKS), choices=TASKS)
     parser.add_argument('--sizes', nargs='+', default=['t'], choices=SIZES, help='of the Swin backbone')
     parser.add_argument('--configs', nargs='*', default=[], help='stock configs to measure beside the tasks')
-    parser.add_argument('--methods', nargs='+', default=['full', 'full+checkpointed', 'frozen', 'e3va'])
+    methods = f'any of {", ".join(METHODS)}; options for some of them, appended with +: {", ".join(OPTIONS)}'
+    parser.add_argument('--methods', nargs='+', default=['full', 'full+checkpointed', 'frozen', 'e3va'], help=methods)
     parser.add_argument('--precisions', nargs='+', default=['fp32'], choices=('fp32', 'amp-fp16', 'amp-bf16'))
     parser.add_argument('--batch-sizes', nargs='+', type=_batch_size, default=[2], help="numbers, or 'largest'")
     parser.add_argument('--image-sizes', nargs='+', type=_image_size, help="HxW; default: the task's own")
@@ -74,24 +60,6 @@ def _batch_size(text: str) -> int | str:
 def _image_size(text: str) -> tuple[int, int]:
     height, _, width = text.partition('x')
     return int(height), int(width or height)
-
-
-def backbone_of(method: str) -> dict:
-    """What a method changes in the config's backbone.
-
-    Raises:
-        ValueError: an unknown method or option; the message lists the known ones.
-    """
-    name, *options = method.split('+')
-    unknown = [
-        part for part, known in ((name, METHODS), *((option, OPTIONS) for option in options)) if part not in known
-    ]
-    if unknown:
-        raise ValueError(f'{unknown} in method {method!r}; methods are {list(METHODS)}, options {list(OPTIONS)}')
-    backbone = dict(METHODS[name])
-    for option in options:
-        backbone.update(OPTIONS[option])
-    return backbone
 
 
 def models(args: argparse.Namespace) -> list[tuple[str, str, tuple[int, int]]]:

@@ -55,7 +55,7 @@ def train_and_test(work_dir: Path) -> list[dict]:
     """A row a task and method, with the metric of ``tools/test.py`` and the costs that the training reported."""
     rows = []
     for task, (config, metric, scale) in TASKS.items():
-        runs = {method: Run(config.format(prefix)) for method, prefix in METHODS.items()}
+        runs = {method: Run(config.format(prefix), method.lower()) for method, prefix in METHODS.items()}
         print(f'training {" and ".join(runs)} for {task}; logs: {work_dir}/*/train.log', flush=True)
         results = run_all(list(runs.values()), work_dir, jobs=2)
         for method, run in runs.items():
@@ -128,7 +128,7 @@ def draw_overlays(task: str, work_dir: Path) -> None:
     columns = {'image': [_read(path) for path in enlarged]}
     columns['truth'] = [TRUTHS[task](path, palette) for path in enlarged]
     for method, prefix in METHODS.items():
-        run = Run(TASKS[task][0].format(prefix))
+        run = Run(TASKS[task][0].format(prefix), method.lower())
         out = work_dir / run.name / 'predictions'
         command = ['tools/infer.py', str(enlarged[0].parent), run.config, checkpoint_of(run, work_dir)]
         options = ['--out-dir', str(out), '--score-thr', '0.4', '--device', 'cpu']

@@ -15,16 +15,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Run(NamedTuple):
-    """One training: a config, a seed, and what is passed on to ``tools/train.py``."""
+    """One training: a config, the name of its method, a seed, and what is passed on to ``tools/train.py``."""
 
     config: str
+    method: str
     seed: int = 0
     train_args: tuple[str, ...] = ()
     cfg_options: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return f'{Path(self.config).stem}_seed{self.seed}'
+        # Methods that have configs of their own are named by these.
+        variant = '' if self.method in ('full', 'frozen', 'e3va') else f'_{self.method}'
+        return f'{Path(self.config).stem}{variant}_seed{self.seed}'
 
 
 def run_all(
@@ -70,6 +73,7 @@ def run_one(run: Run, work_dir: Path) -> dict:
     call_tool([*command, '--cfg-options', f'randomness.seed={run.seed}', *run.cfg_options], work_dir / 'train.log')
     content = {
         'config': run.config,
+        'method': run.method,
         'seed': run.seed,
         'train_args': list(run.train_args),
         'cfg_options': list(run.cfg_options),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a grid of configs and seeds, several at a time, and collects the results in one JSON file.
+"""Trains a grid of data sets, methods and seeds, several at a time, and collects the results in one JSON file.
 
 Runs that are already in the file are not repeated, so an interrupted grid goes on where it stopped.
 """
@@ -10,21 +10,22 @@ import threading
 from pathlib import Path
 
 from experiments import Run, provenance, run_all
+from method_specs import METHODS, OPTIONS, cfg_options, config_prefix
 
-SMALL_SETS = [
-    f'configs/{folder}/{name.format(method)}.py'
-    for folder, name in (
-        ('camvid', '{}swin-nano_upernet_1xb8-1500_camvid-352x480'),
-        ('bccd', 'retinanet_{}swin-nano_fpn_1xb2-800_bccd'),
-        ('nuclei', 'mask-rcnn_{}swin-nano_fpn_1xb2-600_nuclei'),
-    )
-    for method in ('frozen-', 'e3va-', '')
-]
+DATASETS = {
+    'camvid': 'configs/camvid/{}swin-nano_upernet_1xb8-1500_camvid-352x480.py',
+    'bccd': 'configs/bccd/retinanet_{}swin-nano_fpn_1xb2-800_bccd.py',
+    'nuclei': 'configs/nuclei/mask-rcnn_{}swin-nano_fpn_1xb2-600_nuclei.py',
+    'shapes-seg': 'configs/shapes/{}swin-nano_upernet_1xb8-600_shapes-96x96.py',
+    'shapes-det': 'configs/shapes/retinanet_{}swin-nano_fpn_1xb8-800_shapes.py',
+}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--configs', nargs='+', default=SMALL_SETS, help='default: the small sets under each method')
+    parser.add_argument('--datasets', nargs='+', choices=DATASETS, default=['camvid', 'bccd', 'nuclei'])
+    methods = f'any of {", ".join(METHODS)}; options for some of them, appended with +: {", ".join(OPTIONS)}'
+    parser.add_argument('--methods', nargs='+', default=['frozen', 'e3va', 'full'], help=methods)
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; step times then include the contention')
     parser.add_argument('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
@@ -36,12 +37,27 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def plan(args: argparse.Namespace) -> list[Run]:
+    """Seed by seed, so that an unfinished grid has the same seeds of all methods."""
+    flags = tuple(f'--{flag}' for flag in args.train_args)
+    return [
+        Run(
+            DATASETS[dataset].format(config_prefix(method)),
+            method,
+            seed,
+            flags,
+            (*args.cfg_options, *cfg_options(method)),
+        )
+        for seed in args.seeds
+        for dataset in args.datasets
+        for method in args.methods
+    ]
+
+
 def main() -> None:
     args = parse_args()
     out = Path(args.out)
     content = json.loads(out.read_text()) if out.is_file() else {'runs': {}}
-    flags = tuple(f'--{flag}' for flag in args.train_args)
-    runs = [Run(config, seed, flags, tuple(args.cfg_options)) for seed in args.seeds for config in args.configs]
     lock = threading.Lock()
 
     def collect(run: Run, result: dict) -> None:
@@ -51,7 +67,7 @@ def main() -> None:
             out.write_text(json.dumps(content, indent=1, sort_keys=True) + '\n')
         print(run.name, result['report']['metrics'], flush=True)
 
-    missing = [run for run in runs if run.name not in content['runs']]
+    missing = [run for run in plan(args) if run.name not in content['runs']]
     run_all(missing, Path(args.work_dir), args.jobs, collect, args.time_limit)
 
 

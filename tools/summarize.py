@@ -6,44 +6,102 @@ import json
 import statistics
 from pathlib import Path
 
-# Data set, the metric that is shown, and the factor that makes it a percentage.
-METRICS = {'camvid': ('mIoU', 1), 'bccd': ('pascal_voc/mAP', 100), 'nuclei': ('coco/segm_mAP', 100)}
-METHODS = {'frozen-': 'frozen', 'e3va-': 'E³VA', '': 'full'}
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+# Task or data set as in the config's name, the metric that is shown, and the factor that makes it a percentage.
+METRICS = {
+    'camvid': ('mIoU', 1),
+    'bccd': ('pascal_voc/mAP', 100),
+    'nuclei': ('coco/segm_mAP', 100),
+    'shapes-96x96': ('mIoU', 1),
+    'shapes': ('coco/bbox_mAP', 100),
+}
+NAMES = {'frozen': 'frozen', 'e3va': 'E³VA', 'full': 'full'}
+MARKERS = 'osD^vPX*<>dhp8'
+
+
+def group_runs(content: dict) -> dict[str, dict[str, list[dict]]]:
+    """The runs by data set and method, both in the order of the file's methods."""
+    groups: dict[str, dict[str, list[dict]]] = {name: {} for name in METRICS}
+    for run in content['runs'].values():
+        stem = Path(run['config']).stem
+        dataset = next(name for name in METRICS if stem.split('_')[-1].startswith(name))
+        groups[dataset].setdefault(run['method'], []).append(run)
+    return {dataset: methods for dataset, methods in groups.items() if methods}
+
+
+def values_of(dataset: str, runs: list[dict]) -> list[float]:
+    metric, scale = METRICS[dataset]
+    return [scale * run['report']['metrics'][metric] for run in runs]
+
+
+def peak_memory(runs: list[dict]) -> float:
+    return statistics.median(run['report']['peak_memory_mib'] for run in runs)
+
+
+def trained_parameters(run: dict) -> int:
+    parts = run['report']['parameters']
+    return sum(parts[part]['trainable'] for part in ('backbone', 'highway') if part in parts)
 
 
 def summarize(content: dict) -> str:
     """The table as text; a row a data set and method, with the number of seeds behind it."""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for run in content['runs'].values():
-        folder, name = Path(run['config']).parent.name, Path(run['config']).name
-        method = next(method for prefix, method in METHODS.items() if prefix in name)
-        groups.setdefault((folder, method), []).append(run)
     lines = [
-        '| data set | method | metric (%) | seeds | trained in the backbone | peak memory | checkpoint |',
-        '|---|---|---|---|---|---|---|',
+        '| data set | method | metric (%) | seeds | trained in the backbone | peak memory | step | checkpoint |',
+        '|---|---|---|---|---|---|---|---|',
     ]
-    for folder in METRICS:
-        lines += [
-            _row(folder, method, groups[folder, method]) for method in METHODS.values() if (folder, method) in groups
-        ]
+    for dataset, methods in group_runs(content).items():
+        lines += [_row(dataset, method, runs) for method, runs in sorted(methods.items(), key=_order)]
     return '\n'.join(lines)
 
 
-def _row(folder: str, method: str, runs: list[dict]) -> str:
-    metric, scale = METRICS[folder]
-    values = [scale * run['report']['metrics'][metric] for run in runs]
+def _order(item: tuple[str, list[dict]]) -> tuple:
+    """Frozen first, full last, the others by their trained parameters, E³VA's variants together."""
+    method, runs = item
+    return (method == 'full') - (method == 'frozen'), method.startswith('e3va'), trained_parameters(runs[0]), method
+
+
+def _row(dataset: str, method: str, runs: list[dict]) -> str:
+    values, report = values_of(dataset, runs), runs[0]['report']
     spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-    report = runs[0]['report']
-    parts = report['parameters']
-    trained = sum(parts[part]['trainable'] for part in ('backbone', 'highway') if part in parts)
-    memory = statistics.median(run['report']['peak_memory_mib'] for run in runs)
+    # Several runs at a time share the device, and their step times say nothing.
+    alone = all(run['jobs'] == 1 for run in runs)
+    step = f'{1000 * statistics.median(run["report"]["step_seconds_median"] for run in runs):.0f} ms' if alone else ''
     return (
-        f'| {folder} | {method} | {metric.split("/")[-1]} {statistics.mean(values):.1f}{spread} | {len(values)} | '
-        f'{trained:,} | {memory:.0f} MiB | {report["checkpoint_bytes"] / 2**20:.0f} MiB |'
+        f'| {dataset} | {NAMES.get(method, method)} | {METRICS[dataset][0].split("/")[-1]} '
+        f'{statistics.mean(values):.1f}{spread} | {len(values)} | {trained_parameters(runs[0]):,} | '
+        f'{peak_memory(runs):.0f} MiB | {step} | {report["checkpoint_bytes"] / 2**20:.0f} MiB |'
     )
+
+
+def draw(content: dict, target: Path) -> None:
+    """Accuracy against training memory, a panel a data set and a point a method."""
+    groups = group_runs(content)
+    figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4.5), layout='constrained', squeeze=False)
+    for axis, (dataset, methods) in zip(axes[0], groups.items()):
+        for marker, (method, runs) in zip(MARKERS, sorted(methods.items(), key=_order)):
+            values = values_of(dataset, runs)
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            axis.errorbar(peak_memory(runs), statistics.mean(values), spread, fmt=marker, color='black', capsize=3,
+                          markerfacecolor='white', markersize=8, label=NAMES.get(method, method))  # fmt: skip
+        axis.set_title(dataset)
+        axis.set_xlabel(f'peak memory in training (MiB, {runs[0]["report"]["peak_memory_kind"]})')
+        axis.set_ylabel(f'{METRICS[dataset][0].split("/")[-1]} (%)')
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('results', nargs='?', default='results/small_sets.json')
-    print(summarize(json.loads(Path(parser.parse_args().results).read_text())))
+    parser.add_argument('--plot', help='also draw accuracy against training memory into this file')
+    args = parser.parse_args()
+    loaded = json.loads(Path(args.results).read_text())
+    print(summarize(loaded))
+    if args.plot:
+        draw(loaded, Path(args.plot))

@@ -115,9 +115,7 @@ class E3VABackbone(FrozenBackbone):
     def _run_stage(self, index: int, stage: StageHighway, tokens: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         """The frozen tokens behind a stage's blocks, and the sum of its deltas."""
         if self.training and stage.needs_basis():
-            taps = []
-            self.taps.run_stage(index, tokens, size, taps.append)
-            stage.fit_basis(taps)
+            self.taps.run_stage(index, tokens, size, stage.fit_basis())
         record = stage.record()
         end = self.taps.run_stage(index, tokens, size, record.add)
         if stage.storage.recompute:

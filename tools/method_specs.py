@@ -1,0 +1,65 @@
+"""What a method's name on the command line stands for: a row of a table, as changes to a stock config's backbone.
+
+A name is a method with any options appended: ``full+checkpointed``, ``adapter``, ``e3va+bf16+taps-float8``.
+"""
+
+from __future__ import annotations
+
+import copy
+
+TUNED = ('BitFit', 'NormTuning', 'Partial', 'Adapter', 'AdaptFormer', 'LoRA', 'LoRand', 'Mona', 'LST', 'DTL')
+METHODS = {
+    'full': {},
+    'frozen': dict(type='TunedBackbone', method=dict(type='Frozen')),
+    'e3va': dict(type='E3VABackbone'),
+    **{name.lower(): dict(type='TunedBackbone', method=dict(type=name)) for name in TUNED},
+}
+OPTIONS = {
+    'checkpointed': dict(with_cp=True),
+    'bf16': dict(frozen_dtype='bfloat16'),
+    'fp16': dict(frozen_dtype='float16'),
+    'taps-bf16': dict(saved_dtype='bfloat16'),
+    'taps-float8': dict(saved_dtype='float8_e4m3fn'),
+    'sampled': dict(saved_fraction=0.125),
+    'recomputed': dict(recompute_taps=True),
+    'pca': dict(adapter=dict(basis='pca')),
+    'compiled': dict(compile_frozen=True),
+}
+
+
+def backbone_of(method: str) -> dict:
+    """What a method changes in the config's backbone: with a ``type`` it wraps the stock one, else it updates it.
+
+    Raises:
+        ValueError: an unknown method or option; the message lists the known ones.
+    """
+    name, *options = method.split('+')
+    unknown = [name] * (name not in METHODS) + [option for option in options if option not in OPTIONS]
+    if unknown:
+        raise ValueError(f'{unknown} in method {method!r}; methods are {list(METHODS)}, options {list(OPTIONS)}')
+    backbone = copy.deepcopy(METHODS[name])
+    for option in options:
+        backbone.update(OPTIONS[option])
+    return backbone
+
+
+def config_prefix(method: str) -> str:
+    """How the configs that a method starts from begin: '', 'frozen-' or 'e3va-'."""
+    return {None: '', 'TunedBackbone': 'frozen-', 'E3VABackbone': 'e3va-'}[backbone_of(method).get('type')]
+
+
+def cfg_options(method: str) -> list[str]:
+    """Overrides that turn the config with :func:`config_prefix` into the method's, as ``--cfg-options`` takes them."""
+    backbone = backbone_of(method)
+    backbone.pop('type', None)
+    if backbone.get('method') == dict(type='Frozen'):
+        del backbone['method']
+    return list(_flatten(backbone, 'model.backbone'))
+
+
+def _flatten(value, key: str):
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flatten(inner, f'{key}.{name}')
+    else:
+        yield f'{key}={value}'
