@@ -10,7 +10,7 @@ Dense Predictions" (arXiv 2306.09729). The branches ``i`` are laid side by side,
 products (``z P``, a block-diagonal core, ``Q``) and the full matrix is never built.
 
 Deviation: the paper applies the adapters of a stage one after the other. They do not depend on one another, so
-:class:`StageDelta` evaluates all of them at once and sums them.
+:func:`stage_delta` evaluates all of them at once and sums them.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from .tap_record import TapRecord, decompress
 _GROUP_BYTES = 64 * 2**20
 
 
-class AdapterWeights(NamedTuple):
-    """Weights of ``N`` adapters of width ``C``, hidden width ``H`` and total rank ``W = branches * rank``."""
+class BottleneckWeights(NamedTuple):
+    """What follows the input basis in ``N`` adapters of width ``C``, hidden width ``H``, total rank ``W``."""
 
-    down_in: Tensor  # P,  (N, C, W)
     core: Tensor  # K,  (N, branches, rank, rank), shared by both projections
     down_out: Tensor  # Q,  (N, W, H)
     down_bias: Tensor  # (N, H)
@@ -38,24 +37,32 @@ class AdapterWeights(NamedTuple):
     up_out: Tensor  # Q', (N, W, C)
     up_bias: Tensor  # (N, C)
 
-    def to(self, dtype: torch.dtype) -> AdapterWeights:
-        return AdapterWeights(*(weight.to(dtype) for weight in self))
+    def to(self, dtype: torch.dtype) -> BottleneckWeights:
+        return BottleneckWeights(*(weight.to(dtype) for weight in self))
 
-    def select(self, adapters: slice) -> AdapterWeights:
-        return AdapterWeights(*(weight[adapters] for weight in self))
+    def select(self, adapters: slice) -> BottleneckWeights:
+        return BottleneckWeights(*(weight[adapters] for weight in self))
+
+
+class AdapterWeights(NamedTuple):
+    """Weights of ``N`` adapters; ``W = branches * rank``."""
+
+    down_in: Tensor  # P,  (N, C, W)
+    bottleneck: BottleneckWeights
+    mixing: Tensor | None = None  # (N, W, k, k), depthwise kernels in the rank space; an extension, not in the paper
 
 
 def reference_delta(taps: list[Tensor], weights: AdapterWeights) -> Tensor:
-    """Sum of the adapters' deltas in plain autograd: the definition that :class:`StageDelta` is tested against.
+    """Sum of the adapters' deltas in plain autograd: the definition that :func:`stage_delta` is tested against.
 
     Args:
         taps: ``N`` tensors of tokens, (..., C).
-        weights: the ``N`` adapters.
+        weights: the ``N`` adapters, without mixing.
 
     Returns:
         (..., C), with gradient to the taps and to the weights.
     """
-    return sum(_single_delta(tap, *fields) for tap, *fields in zip(taps, *weights))
+    return sum(_single_delta(tap, *fields) for tap, *fields in zip(taps, weights.down_in, *weights.bottleneck))
 
 
 def _single_delta(tap, down_in, core, down_out, down_bias, up_in, up_out, up_bias):
@@ -64,12 +71,13 @@ def _single_delta(tap, down_in, core, down_out, down_bias, up_in, up_out, up_bia
     return hidden @ up_in @ block_diagonal @ up_out + up_bias
 
 
-def stage_delta(record: TapRecord, weights: AdapterWeights) -> Tensor:
+def stage_delta(record: TapRecord, weights: AdapterWeights, size: tuple[int, int] | None = None) -> Tensor:
     """Sum of the deltas of all adapters of a stage.
 
     Args:
         record: the ``N`` taps of the stage, frozen activations (..., C); its ``down_in`` is that of ``weights``.
         weights: the ``N`` adapters. The products run in the taps' dtype; the weights keep theirs.
+        size: height and width of the tokens; mixing needs it.
 
     Returns:
         (..., C) in the taps' dtype, with gradient to the weights alone.
@@ -77,56 +85,49 @@ def stage_delta(record: TapRecord, weights: AdapterWeights) -> Tensor:
     Raises:
         ValueError: the record does not hold ``N`` taps.
     """
-    if record.num_taps != len(weights.core):
-        raise ValueError(f'this stage has {len(weights.core)} adapters but was given {record.num_taps} taps')
+    if record.num_taps != len(weights.down_in):
+        raise ValueError(f'this stage has {len(weights.down_in)} adapters but was given {record.num_taps} taps')
     kept = (record.kept, record.scales, record.sample, record.rerun)
-    return StageDelta.apply(record.reduced, *kept, *weights).view(record.shape)
+    reduced = Reduction.apply(record.reduced, *kept, weights.down_in)
+    if weights.mixing is not None:
+        reduced = reduced + _mix(reduced, weights.mixing, size)
+    return Bottleneck.apply(reduced, *weights.bottleneck).view(record.shape)
 
 
-class StageDelta(torch.autograd.Function):
-    """Hand-written :func:`reference_delta` that keeps little for the backward pass.
+def _mix(reduced: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Depthwise convolution of rank-space images (N, B * H * W, W); each adapter and channel its own kernel."""
+    num_adapters, _, width = reduced.shape
+    channels, (height, columns) = num_adapters * width, size
+    images = reduced.view(num_adapters, -1, height, columns, width).permute(1, 0, 4, 2, 3)
+    with torch.autocast(reduced.device.type, enabled=False):
+        kernels = kernels.to(reduced.dtype).flatten(0, 1).unsqueeze(1)
+        mixed = F.conv2d(images.flatten(1, 2), kernels, padding='same', groups=channels)
+    return mixed.unflatten(1, (num_adapters, width)).permute(1, 0, 3, 4, 2).reshape(reduced.shape)
 
-    Kept: what the :class:`~e3va_mm.tap_record.TapRecord` holds. The hidden activations are recomputed from the
-    rank-space images, a group of adapters at a time.
-    """
+
+class Reduction(torch.autograd.Function):
+    """The rank-space images ``z P`` of a :class:`~e3va_mm.tap_record.TapRecord`, with gradient to ``P``."""
 
     @staticmethod
-    def forward(ctx, reduced, kept, scales, sample, rerun, *fields):
-        weights = AdapterWeights(*fields)
-        with torch.autocast(reduced.device.type, enabled=False):
-            cast = weights.to(reduced.dtype)
-            core = _block_diagonal(cast.core)
-            delta = cast.up_bias.sum(0).expand(reduced.shape[1], -1)
-            for group in _groups(reduced, cast):
-                *_, expanded = _bottleneck(reduced[group], core[group], cast.select(group))
-                delta = torch.addmm(delta, _side_by_side(expanded), cast.up_out[group].flatten(0, 1))
+    def forward(ctx, reduced, kept, scales, sample, rerun, down_in):
         ctx.rerun = rerun
-        ctx.save_for_backward(reduced, kept, scales, sample, *weights)
-        return delta
+        ctx.save_for_backward(kept, scales, sample, down_in)
+        return reduced.view_as(reduced)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        reduced, kept, scales, sample, *fields = ctx.saved_tensors
-        weights = AdapterWeights(*fields)
-        grad = grad.to(reduced.dtype)
-        grads = AdapterWeights(*(torch.empty_like(weight) for weight in weights))
+        kept, scales, sample, down_in = ctx.saved_tensors
+        grad_down_in = torch.empty_like(down_in) if ctx.needs_input_grad[5] else None
         with torch.autocast(grad.device.type, enabled=False):
-            cast = weights.to(reduced.dtype)
-            core = _block_diagonal(cast.core)
-            grads.up_bias.copy_(grad.sum(0).expand_as(weights.up_bias))
-            grad_reduced = []
-            for group in _groups(reduced, cast):
-                grad_group = _group_backward(grad, reduced[group], core[group], cast.select(group), grads.select(group))
-                if kept is not None:
+            if ctx.rerun is not None:
+                _rerun_backward(ctx.rerun, grad, grad_down_in)
+            elif kept is not None:
+                for group in _groups(kept):
                     scale = None if scales is None else scales[group].view(-1, 1, 1)
-                    taps = decompress(kept[group], scale, reduced.dtype)
-                    grads.down_in[group].copy_(taps.mT @ _sampled(grad_group, sample))
-                grad_reduced.append(grad_group)
-        if ctx.rerun is not None:
-            _rerun_backward(ctx.rerun, torch.cat(grad_reduced), grads.down_in)
-        fields = [field if needed else None for field, needed in zip(grads, ctx.needs_input_grad[5:])]
-        return (None, None, None, None, None, *fields)
+                    taps = decompress(kept[group], scale, grad.dtype)
+                    grad_down_in[group].copy_(taps.mT @ _sampled(grad[group], sample))
+        return None, None, None, None, None, grad_down_in
 
 
 def _sampled(grad_reduced: Tensor, sample: Tensor | None) -> Tensor:
@@ -148,9 +149,45 @@ def _rerun_backward(rerun, grad_reduced: Tensor, grad_down_in: Tensor) -> None:
     rerun(visit)
 
 
+class Bottleneck(torch.autograd.Function):
+    """From rank-space images (N, M, W) to the sum of the adapters' deltas, (M, C).
+
+    Only its inputs are kept: the hidden activations are computed again, a group of adapters at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, reduced, *fields):
+        weights = BottleneckWeights(*fields)
+        with torch.autocast(reduced.device.type, enabled=False):
+            cast = weights.to(reduced.dtype)
+            core = _block_diagonal(cast.core)
+            delta = cast.up_bias.sum(0).expand(reduced.shape[1], -1)
+            for group in _groups(reduced, cast.down_out.shape[-1]):
+                *_, expanded = _expand(reduced[group], core[group], cast.select(group))
+                delta = torch.addmm(delta, _side_by_side(expanded), cast.up_out[group].flatten(0, 1))
+        ctx.save_for_backward(reduced, *weights)
+        return delta
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        reduced, *fields = ctx.saved_tensors
+        weights = BottleneckWeights(*fields)
+        grad, grad_reduced = grad.to(reduced.dtype), torch.empty_like(reduced)
+        grads = BottleneckWeights(*(torch.empty_like(weight) for weight in weights))
+        with torch.autocast(grad.device.type, enabled=False):
+            cast = weights.to(reduced.dtype)
+            core = _block_diagonal(cast.core)
+            grads.up_bias.copy_(grad.sum(0).expand_as(weights.up_bias))
+            for group in _groups(reduced, cast.down_out.shape[-1]):
+                members = (reduced[group], core[group], cast.select(group), grads.select(group))
+                grad_reduced[group].copy_(_group_backward(grad, *members))
+        return grad_reduced, *grads
+
+
 def _group_backward(grad, reduced, core, weights, grads) -> Tensor:
-    """Fills ``grads`` of a group of adapters but for ``down_in``; returns the gradient of ``z P``, (n, M, W)."""
-    mixed, hidden, active, inner, expanded = _bottleneck(reduced, core, weights)
+    """Fills ``grads`` of a group of adapters; returns the gradient of its rank-space images, (n, M, W)."""
+    mixed, hidden, active, inner, expanded = _expand(reduced, core, weights)
     num_adapters, num_tokens, width = reduced.shape
     grads.up_out.copy_((_side_by_side(expanded).t() @ grad).view_as(weights.up_out))
     grad_expanded = grad @ weights.up_out.flatten(0, 1).t()
@@ -166,7 +203,7 @@ def _group_backward(grad, reduced, core, weights, grads) -> Tensor:
     return grad_mixed @ core.mT
 
 
-def _bottleneck(reduced, core, weights) -> tuple[Tensor, ...]:
+def _expand(reduced, core, weights) -> tuple[Tensor, ...]:
     """From ``z P`` (n, M, W) to the input of ``Q'`` (n, M, W), with everything in between."""
     mixed = reduced @ core
     hidden = torch.baddbmm(weights.down_bias.unsqueeze(1), mixed, weights.down_out)
@@ -175,9 +212,10 @@ def _bottleneck(reduced, core, weights) -> tuple[Tensor, ...]:
     return mixed, hidden, active, inner, inner @ core
 
 
-def _groups(reduced: Tensor, weights: AdapterWeights) -> list[slice]:
-    num_adapters, num_tokens, _ = reduced.shape
-    adapter_bytes = max(1, num_tokens * weights.down_out.shape[-1] * reduced.element_size())
+def _groups(stacked: Tensor, width: int | None = None) -> list[slice]:
+    """Slices of the adapters of (N, M, any) such that those of one, at ``width`` values a token, are not too large."""
+    num_adapters, num_tokens, own_width = stacked.shape
+    adapter_bytes = max(1, num_tokens * (width or own_width) * max(2, stacked.element_size()))
     size = max(1, _GROUP_BYTES // adapter_bytes)
     return [slice(start, start + size) for start in range(0, num_adapters, size)]
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .adapters import AdapterWeights, stage_delta
+from .adapters import AdapterWeights, BottleneckWeights, stage_delta
 from .tap_record import EXACT, TapRecord, TapStorage, compress, decompress
 
 INITS = ('zero', 'kaiming')
@@ -38,6 +38,8 @@ class StageHighway(nn.Module):
             variance of their input); 'kaiming' draws all factors, as in the authors' public LoRand code.
         basis: 'learned' trains the input basis ``P``. 'pca' fixes it to the leading principal components of each tap
             over the first training batch, scaled to unit variance; then no tap has to be kept for the backward pass.
+        mixing: kernel size (odd) of a depthwise convolution over each tap's rank-space image, added to it; zero at the
+            start. An extension of the paper's adapter, whose tokens do not see one another; 0 has none.
         storage: what the backward pass keeps of the taps.
 
     Raises:
@@ -53,10 +55,11 @@ class StageHighway(nn.Module):
         hidden_ratio: float = 0.5,
         init: str = 'zero',
         basis: str = 'learned',
+        mixing: int = 0,
         storage: TapStorage = EXACT,
     ) -> None:
         super().__init__()
-        check_adapter_options(rank, branches, hidden_ratio, init, basis)
+        check_adapter_options(rank, branches, hidden_ratio, init, basis, mixing)
         width, hidden = rank * branches, max(1, int(embed_dims * hidden_ratio))
         if basis == 'pca' and width > embed_dims:
             raise ValueError(f"adapter.basis='pca' finds {embed_dims} components, not rank * branches = {width}")
@@ -68,6 +71,7 @@ class StageHighway(nn.Module):
         self.up_in = nn.Parameter(torch.empty(num_adapters, hidden, width))
         self.up_out = nn.Parameter(torch.empty(num_adapters, width, embed_dims))
         self.up_bias = nn.Parameter(torch.empty(num_adapters, embed_dims))
+        self.mixing = nn.Parameter(torch.empty(num_adapters, width, mixing, mixing)) if mixing else None
         self.basis_is_fitted = True
         if basis == 'pca':
             self.down_in.requires_grad_(False)
@@ -77,11 +81,12 @@ class StageHighway(nn.Module):
 
     @property
     def weights(self) -> AdapterWeights:
-        return AdapterWeights(*(getattr(self, name) for name in AdapterWeights._fields))
+        bottleneck = BottleneckWeights(*(getattr(self, name) for name in BottleneckWeights._fields))
+        return AdapterWeights(self.down_in, bottleneck, self.mixing)
 
     def reset_parameters(self) -> None:
         for name, factor in self.named_parameters(recurse=False):
-            if name.endswith('bias') or (name == 'up_out' and self.init == 'zero'):
+            if name.endswith(('bias', 'mixing')) or (name == 'up_out' and self.init == 'zero'):
                 nn.init.zeros_(factor)
             else:
                 # The factors multiply tokens from the right, so the second-to-last dimension is the fan-in.
@@ -91,16 +96,17 @@ class StageHighway(nn.Module):
         """An empty record, to be filled with the stage's taps in their order and passed to :meth:`forward`."""
         return TapRecord(self.down_in, self.storage)
 
-    def forward(self, record: TapRecord) -> Tensor:
+    def forward(self, record: TapRecord, size: tuple[int, int] | None = None) -> Tensor:
         """Sum of the deltas of the stage's taps.
 
         Args:
             record: ``num_adapters`` taps (B, L, C) without gradient.
+            size: height and width of the tokens; ``mixing`` needs it.
 
         Returns:
             (B, L, C) in the taps' dtype; gradient flows to the adapters alone.
         """
-        return stage_delta(record, self.weights)
+        return stage_delta(record, self.weights, size)
 
     def needs_basis(self) -> bool:
         """Whether ``P`` is to be fixed to principal components that have not been computed yet."""
@@ -177,7 +183,7 @@ class Recomputed(torch.autograd.Function):
         return (None, None, *torch.autograd.grad(outputs, (state, *parameters), grads))
 
 
-def check_adapter_options(rank, branches, hidden_ratio, init, basis) -> None:
+def check_adapter_options(rank, branches, hidden_ratio, init, basis, mixing) -> None:
     """Raises a ValueError that names the first option outside its range."""
     for name, value in (('rank', rank), ('branches', branches)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -188,3 +194,5 @@ def check_adapter_options(rank, branches, hidden_ratio, init, basis) -> None:
         raise ValueError(f'init must be one of {INITS}, got {init!r}')
     if basis not in BASES:
         raise ValueError(f'adapter.basis must be one of {BASES}, got {basis!r}')
+    if isinstance(mixing, bool) or not isinstance(mixing, int) or mixing < 0 or (mixing and mixing % 2 == 0):
+        raise ValueError(f'adapter.mixing must be 0 or an odd integer, got {mixing!r}')

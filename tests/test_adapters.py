@@ -1,9 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from e3va_mm import adapters
-from e3va_mm.adapters import AdapterWeights, reference_delta, stage_delta
+from e3va_mm.adapters import AdapterWeights, BottleneckWeights, reference_delta, stage_delta
 from e3va_mm.tap_record import TapRecord, TapStorage, compress, decompress
 
 
@@ -19,7 +20,15 @@ def make_weights(num=3, dims=6, branches=2, rank=2, hidden=4, dtype=torch.float6
         (num, dims),
     ]
     torch.manual_seed(0)
-    return AdapterWeights(*(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes))
+    return pack(*(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes))
+
+
+def pack(down_in, *bottleneck):
+    return AdapterWeights(down_in, BottleneckWeights(*bottleneck))
+
+
+def flat(weights):
+    return weights.down_in, *weights.bottleneck
 
 
 def make_taps(num=3, shape=(2, 5, 6), dtype=torch.float64):
@@ -38,7 +47,7 @@ def fast_delta(taps, weights, **storage):
 
 def gradients(delta, weights):
     torch.manual_seed(2)
-    return torch.autograd.grad((delta * torch.randn_like(delta)).sum(), tuple(weights))
+    return torch.autograd.grad((delta * torch.randn_like(delta)).sum(), flat(weights))
 
 
 @pytest.fixture(params=[1, 10**9], ids=['one adapter a group', 'one group'])
@@ -48,7 +57,7 @@ def group_bytes(request, monkeypatch):
 
 def test_gradcheck(group_bytes):
     taps = make_taps()
-    assert torch.autograd.gradcheck(lambda *fields: fast_delta(taps, AdapterWeights(*fields)), tuple(make_weights()))
+    assert torch.autograd.gradcheck(lambda *fields: fast_delta(taps, pack(*fields)), flat(make_weights()))
 
 
 def test_equals_plain_autograd(group_bytes):
@@ -122,7 +131,7 @@ def test_keeps_taps_and_their_rank_space_only():
     weights = make_weights(dtype=torch.float32)
     for dtype, bytes_per_value in ((None, 4), (torch.bfloat16, 2), (torch.float8_e4m3fn, 1)):
         kept = []
-        owned = {weight.data_ptr() for weight in weights}
+        owned = {weight.data_ptr() for weight in flat(weights)}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
         ):
@@ -162,7 +171,7 @@ def test_a_fixed_basis_needs_no_taps():
     record = TapRecord(fixed.down_in)
     record.add(taps[0])
     assert record.kept is None
-    trained = fixed[1:]
+    trained = tuple(fixed.bottleneck)
     torch.manual_seed(2)
     grads = torch.autograd.grad(fast_delta(taps, fixed).square().sum(), trained)
     expected = torch.autograd.grad(reference_delta(taps, fixed).square().sum(), trained)
@@ -192,7 +201,36 @@ def test_under_compile():
     record = TapRecord(weights.down_in)
     for tap in taps:
         record.add(tap)
-    delta = torch.compile(lambda fields: stage_delta(record, fields), fullgraph=True)(weights)
+    delta = torch.compile(lambda weights: stage_delta(record, weights), fullgraph=True)(weights)
     expected = reference_delta(taps, weights)
     torch.testing.assert_close(delta, expected)
     torch.testing.assert_close(gradients(delta, weights), gradients(expected, weights))
+
+
+def mixed_reference(taps, weights, size):
+    """The definition with mixing, an adapter and a channel at a time."""
+    total = 0
+    for number, tap in enumerate(taps):
+        reduced = tap @ weights.down_in[number]
+        images = reduced.transpose(1, 2).unflatten(2, size)
+        channels = [
+            F.conv2d(images[:, [channel]], kernel[None, None], padding='same')
+            for channel, kernel in enumerate(weights.mixing[number])
+        ]
+        reduced = reduced + torch.cat(channels, 1).flatten(2).transpose(1, 2)
+        fields = [field[[number]] for field in weights.bottleneck]
+        identity = torch.eye(reduced.shape[-1], dtype=reduced.dtype)[None]
+        total = total + reference_delta([reduced], pack(identity, *fields))
+    return total
+
+
+def test_mixing():
+    weights = make_weights()._replace(mixing=torch.randn(3, 4, 3, 3, dtype=torch.float64, requires_grad=True))
+    taps = make_taps(shape=(2, 20, 6))
+    record = TapRecord(weights.down_in)
+    for tap in taps:
+        record.add(tap)
+    fast, plain = stage_delta(record, weights, (4, 5)), mixed_reference(taps, weights, (4, 5))
+    torch.testing.assert_close(fast, plain)
+    both = [torch.autograd.grad(delta.square().sum(), (*flat(weights), weights.mixing)) for delta in (fast, plain)]
+    torch.testing.assert_close(*both)

@@ -13,6 +13,7 @@ OPTIONS = [
     dict(saved_dtype='bfloat16'),
     dict(saved_dtype='float8_e4m3fn', saved_fraction=0.25),
     dict(recompute_taps=True, frozen_dtype='bfloat16'),
+    dict(adapter=dict(mixing=3)),
 ]
 
 
@@ -59,8 +60,9 @@ def test_equals_the_recursion_of_the_paper(size):
 
 def single_adapter(highway, number, tap):
     """An adapter written out with its full matrices, as the paper defines it."""
-    weights = [field[number] for field in highway.weights]
-    down_in, core, down_out, down_bias, up_in, up_out, up_bias = weights
+    down_in = highway.down_in[number]
+    weights = [field[number] for field in highway.weights.bottleneck]
+    core, down_out, down_bias, up_in, up_out, up_bias = weights
     branches, rank, _ = core.shape
 
     def matrix(left, right):
@@ -122,7 +124,7 @@ def test_no_block_is_in_the_graph():
         seen.add(node)
         nodes += [parent for parent, _ in node.next_functions]
     names = [type(node).__name__ for node in seen]
-    assert names.count('StageDeltaBackward') == 4
+    assert names.count('BottleneckBackward') == 4
     assert not [name for name in names if 'Softmax' in name or 'Gelu' in name or 'Bmm' in name]
 
 
@@ -163,6 +165,17 @@ def test_saves_a_fraction_of_what_full_backpropagation_saves():
     assert float8 < 0.06 * full
     sampled = saved_bytes(e3va(backbone, saved_dtype='float8_e4m3fn', saved_fraction=0.25), images)
     assert sampled < 0.04 * full
+
+
+def test_mixing_starts_silent_and_lets_tokens_see_one_another():
+    model, images = e3va(adapter=dict(mixing=3)), torch.randn(1, 3, 64, 64)
+    for output, stock in zip(model(images), outputs_of_stock(model, images)):
+        torch.testing.assert_close(output, stock, rtol=0, atol=1e-5)
+    stir(model)
+    before = model(images)[0]
+    with torch.no_grad():
+        model.highway[0].mixing.zero_()
+    assert not torch.allclose(before, model(images)[0])
 
 
 def test_recomputed_taps_give_the_same_gradients():

@@ -5,7 +5,7 @@ import sys
 import pytest
 from conftest import ROOT
 from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import method_specs
@@ -39,9 +39,10 @@ def test_a_method_changes_the_config_it_starts_from():
     assert merged('full+checkpointed').with_cp
     assert merged('frozen').method == dict(type='Frozen')
     assert merged('mona').method == dict(type='Mona')
-    variant = merged('e3va+taps-float8+sampled+pca')
+    variant = merged('e3va+taps-float8+sampled+pca+mixing3')
     assert (variant.type, variant.saved_dtype, variant.saved_fraction) == ('E3VABackbone', 'float8_e4m3fn', 0.125)
-    assert variant.adapter == dict(rank=8, branches=2, hidden_ratio=0.5, basis='pca')
+    assert variant.adapter == dict(rank=8, branches=2, hidden_ratio=0.5, basis='pca', mixing=3)
+    init_default_scope('mmseg')
     MODELS.build(variant)
 
 

@@ -44,6 +44,7 @@ def test_every_factor_moves_within_two_steps():
         (dict(rank=2.5), 'got 2.5'),
         (dict(branches=0), 'adapter.branches'),
         (dict(hidden_ratio=0), 'adapter.hidden_ratio'),
+        (dict(mixing=4), 'adapter.mixing must be 0 or an odd integer, got 4'),
         (dict(basis='pac'), r"adapter.basis must be one of \('learned', 'pca'\), got 'pac'"),
         (dict(basis='pca', rank=9), r"basis='pca' finds 16 components, not rank \* branches = 18"),
         (dict(init='ones'), r"init must be one of \('zero', 'kaiming'\), got 'ones'"),

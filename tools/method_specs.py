@@ -23,6 +23,10 @@ OPTIONS = {
     'sampled': dict(saved_fraction=0.125),
     'recomputed': dict(recompute_taps=True),
     'pca': dict(adapter=dict(basis='pca')),
+    'mixing3': dict(adapter=dict(mixing=3)),
+    'mixing7': dict(adapter=dict(mixing=7)),
+    'rank16': dict(adapter=dict(rank=16)),
+    'kaiming': dict(init='kaiming'),
     'compiled': dict(compile_frozen=True),
 }
 
@@ -39,7 +43,8 @@ def backbone_of(method: str) -> dict:
         raise ValueError(f'{unknown} in method {method!r}; methods are {list(METHODS)}, options {list(OPTIONS)}')
     backbone = copy.deepcopy(METHODS[name])
     for option in options:
-        backbone.update(OPTIONS[option])
+        for key, value in OPTIONS[option].items():
+            backbone[key] = {**backbone.get(key, {}), **value} if isinstance(value, dict) else value
     return backbone
 
 

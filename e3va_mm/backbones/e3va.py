@@ -18,7 +18,7 @@ _SAVED_DTYPES = {
     'bfloat16': torch.bfloat16,
     'float8_e4m3fn': getattr(torch, 'float8_e4m3fn', None),
 }
-_ADAPTER_OPTIONS = ('rank', 'branches', 'hidden_ratio', 'basis')
+_ADAPTER_OPTIONS = ('rank', 'branches', 'hidden_ratio', 'basis', 'mixing')
 
 
 @MODELS.register_module()
@@ -31,9 +31,9 @@ class E3VABackbone(FrozenBackbone):
 
     Args:
         backbone: config of a stock mmseg or mmdet ``SwinTransformer`` of any size, its ``init_cfg`` included.
-        adapter: ``rank`` (8), ``branches`` (2) and ``hidden_ratio`` (0.5) of the low-rank adapters, and ``basis``
-            ('learned', or 'pca': see :class:`~e3va_mm.highway.StageHighway`). The defaults are the paper's: 1,197,312
-            parameters for Swin-B, 1,792,896 for Swin-L.
+        adapter: ``rank`` (8), ``branches`` (2) and ``hidden_ratio`` (0.5) of the low-rank adapters; ``basis``
+            ('learned') and ``mixing`` (0) are extensions, see :class:`~e3va_mm.highway.StageHighway`. The defaults are
+            the paper's: 1,197,312 parameters for Swin-B, 1,792,896 for Swin-L.
         frozen_dtype: 'float16' or 'bfloat16' halves the memory of the frozen weights and speeds their forward up.
         saved_dtype: 'bfloat16' or 'float8_e4m3fn' is what the backward pass keeps of the taps, where it is narrower
             than theirs; the highway's state at the end of a stage is then kept in bfloat16. The forward pass is exact.
@@ -120,7 +120,7 @@ class E3VABackbone(FrozenBackbone):
         end = self.taps.run_stage(index, tokens, size, record.add)
         if stage.storage.recompute:
             record.rerun = self._rerun(index, tokens, size)
-        return end, stage(record)
+        return end, stage(record, size)
 
     def _rerun(self, index: int, tokens: Tensor, size: Size) -> Callable:
         """Runs a stage once more, outside of this forward pass but under the same autocast."""

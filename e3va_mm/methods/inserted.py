@@ -133,7 +133,8 @@ class _LowRankBottleneck(StageHighway):
         self.up_core = None if shared_core else nn.Parameter(self.core.detach().clone())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        down_in, core, down_out, down_bias, up_in, up_out, up_bias = (field[0] for field in self.weights)
+        down_in = self.down_in[0]
+        core, down_out, down_bias, up_in, up_out, up_bias = (field[0] for field in self.weights.bottleneck)
         up_core = core if self.up_core is None else self.up_core[0]
         hidden = F.gelu(tokens @ down_in @ torch.block_diag(*core) @ down_out + down_bias)
         return hidden @ up_in @ torch.block_diag(*up_core) @ up_out + up_bias
