@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import stir, swin
-from mmengine.registry import MODELS
+from conftest import stir, swin, tool
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 
 from e3va_mm.methods import METHODS
 from e3va_mm.methods.peft_methods import LoRA
@@ -177,6 +178,33 @@ def test_merged_lora_is_a_stock_backbone_with_the_same_outputs():
     stock.load_state_dict(stock_module.state_dict())
     for output, reference in zip(stock(images), expected):
         torch.testing.assert_close(output, reference, rtol=0, atol=1e-5)
+
+
+def test_merging_by_the_tool(seg_config, tmp_path):
+    pytest.importorskip('peft')
+    config = Config.fromfile(seg_config)
+    method = {'model.backbone': dict(_delete_=True, type='TunedBackbone', backbone=config.model.backbone.backbone,
+                                     method=dict(type='LoRA', r=2))}  # fmt: skip
+    config.merge_from_dict(method)
+    config.dump(tmp_path / 'lora.py')
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    stir(model.backbone)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'lora.pth')
+    tool('tools/merge.py', tmp_path / 'lora.py', tmp_path / 'lora.pth', tmp_path / 'merged.pth')
+    config.model.backbone = config.model.backbone.backbone
+    stock = MODELS.build(config.model)
+    stock.load_state_dict(torch.load(tmp_path / 'merged.pth')['state_dict'])
+    images = torch.randn(1, 3, 64, 64)
+    pairs = zip(stock.eval().extract_feat(images), model.eval().extract_feat(images))
+    assert all(torch.allclose(output, expected, atol=1e-5) for output, expected in pairs)
+
+
+def test_only_peft_can_be_merged():
+    with pytest.raises(ValueError, match='method Mona can not be merged'):
+        tuned(dict(type='Mona', width=4)).merge()
 
 
 def test_bitfit_norms_compute_the_same():

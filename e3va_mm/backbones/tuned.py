@@ -8,7 +8,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..methods import build_method
-from ..methods.peft_methods import merge
+from ..methods.peft_methods import PEFT, merge
 from .base import FrozenBackbone
 
 
@@ -60,5 +60,11 @@ class TunedBackbone(FrozenBackbone):
             return tuple(self.restore_dtype(output) for output in self.method.run(self.taps, images))
 
     def merge(self) -> nn.Module:
-        """The stock backbone with the method's updates folded into its weights (peft's tuners; changes this module)."""
+        """The stock backbone with the method's updates folded into its weights; changes this module.
+
+        Raises:
+            ValueError: the method is none of peft's.
+        """
+        if not isinstance(self.method, PEFT):
+            raise ValueError(f'method {type(self.method).__name__} can not be merged, only LoRA and PEFT can')
         return merge(self.backbone)
