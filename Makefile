@@ -1,7 +1,7 @@
 # Everything runs in .venv, which tools/setup.sh makes on first use.
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: help setup demo test lint format benchmark clean
+.PHONY: help setup demo test lint format benchmark results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,7 +23,13 @@ format: setup  ## fix style
 	$(PYTHON_BIN) -m ruff check --fix .
 	$(PYTHON_BIN) -m ruff format .
 
-benchmark: setup  ## on a GPU: CamVid, BCCD and nuclei from data/, frozen, E3VA and full, three seeds each
+# Seconds a step on two cores; BENCHMARK='--tasks upernet --sizes l --batch-sizes 2 8' for a GPU.
+BENCHMARK ?= --tasks retinanet --sizes t --image-sizes 256x448 --steps 5 --warmup 1
+benchmark: setup  ## memory and time of training steps: table and plots in work_dirs/benchmark
+	$(PYTHON_BIN) tools/benchmark.py --out work_dirs/benchmark/results.json $(BENCHMARK)
+	$(PYTHON_BIN) tools/summarize_benchmark.py work_dirs/benchmark/results.json --plots work_dirs/benchmark
+
+results: setup  ## on a GPU: CamVid, BCCD and nuclei from data/, frozen, E3VA and full, three seeds each
 	$(PYTHON_BIN) tools/run_grid.py --train-args amp --out results/small_sets.json
 
 clean:  ## remove the environment and all results of runs

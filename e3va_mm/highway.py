@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adapters import AdapterWeights, BottleneckWeights, stage_delta
-from .tap_record import EXACT, TapRecord, TapStorage, compress, decompress
+from .tap_record import EXACT, TapRecord, TapStorage, stored_dtype
 
 INITS = ('zero', 'kaiming')
 BASES = ('learned', 'pca')
@@ -167,16 +167,15 @@ class Recomputed(torch.autograd.Function):
         device = state.device.type
         ctx.function, ctx.dtype = function, state.dtype
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        kept, scale = compress(state, limit)
-        ctx.save_for_backward(kept, scale, *parameters)
+        ctx.save_for_backward(state.to(stored_dtype(state.dtype, limit)), *parameters)
         return function(state.detach())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        kept, scale, *parameters = ctx.saved_tensors
+        kept, *parameters = ctx.saved_tensors
         device, dtype, enabled = ctx.autocast
-        state = decompress(kept, scale, ctx.dtype).detach().requires_grad_()
+        state = kept.to(ctx.dtype).detach().requires_grad_()
         with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             # A view, because module hooks (FlopCounterMode has them) refuse leaves inside of autograd.grad.
             outputs = ctx.function(state.view_as(state))

@@ -96,10 +96,11 @@ class TapRecord:
     def _keep(self, tokens: Tensor) -> None:
         if self.sample is not None:
             tokens = tokens.index_select(0, self.sample)
-        packed, scale = compress(tokens, self._storage.dtype)
-        self.kept[self.num_taps].copy_(packed)
-        if scale is not None:
+        if self.scales is not None:
+            scale = float8_scale(tokens, self.kept.dtype)
             self.scales[self.num_taps] = scale
+            tokens = tokens / scale
+        self.kept[self.num_taps].copy_(tokens)
 
 
 def stored_dtype(dtype: torch.dtype, limit: torch.dtype | None) -> torch.dtype:
@@ -107,16 +108,13 @@ def stored_dtype(dtype: torch.dtype, limit: torch.dtype | None) -> torch.dtype:
     return dtype if limit is None or limit.itemsize >= dtype.itemsize else limit
 
 
-def compress(values: Tensor, limit: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """Rounds to ``limit`` if that is narrower; 8-bit floats come with the scale that uses their range."""
-    dtype = stored_dtype(values.dtype, limit)
-    if dtype.itemsize > 1 or not values.numel():
-        return values.to(dtype), None
-    scale = values.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(dtype).max
-    return (values / scale).to(dtype), scale
+def float8_scale(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ``values`` are divided by to use the range of an 8-bit float: a positive fp32 scalar."""
+    largest = values.abs().amax().float() if values.numel() else values.new_zeros((), dtype=torch.float32)
+    return largest.clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(dtype).max
 
 
 def decompress(packed: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Inverse of :func:`compress` up to its rounding."""
+    """Kept values in ``dtype``; ``scale`` is that of 8-bit floats."""
     # The scale may be below what half precision can hold.
     return packed.to(dtype) if scale is None else (packed.float() * scale).to(dtype)

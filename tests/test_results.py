@@ -9,8 +9,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / 'tools'))
 
 
-def table_in_readme(name: str) -> str:
-    text = (ROOT / 'README.md').read_text()
+def section(name: str, page: str = 'README.md') -> str:
+    text = (ROOT / page).read_text()
     return text.split(f'<!-- {name} -->')[1].split(f'<!-- end of {name} -->')[0].strip()
 
 
@@ -18,14 +18,21 @@ def test_results_table():
     from summarize import summarize
 
     content = json.loads((ROOT / 'results/small_sets.json').read_text())
-    assert table_in_readme('results table') == summarize(content)
+    assert section('results table') == summarize(content)
+
+
+@pytest.mark.parametrize('name', ['benchmark_cpu', 'benchmark_cpu_sizes'])
+def test_performance_tables(name):
+    from summarize_benchmark import report
+
+    assert section(name, 'docs/performance.md') == report(ROOT / f'results/{name}.json')
 
 
 def test_demo_table():
     from demo import format_table
 
     content = json.loads((ROOT / 'results/demo.json').read_text())
-    assert table_in_readme('demo table') == format_table(content['rows'])
+    assert section('demo table') == format_table(content['rows'])
     values = {(row['task'], row['method']): row['value'] for row in content['rows']}
     assert all(values[task, 'E3VA'] > values[task, 'frozen'] for task in ('segmentation', 'detection'))
 

@@ -167,16 +167,21 @@ def draw(rows: list[dict], folder: Path, prefix: str) -> list[Path]:
     return drawn
 
 
+def report(path: str | Path) -> str:
+    """All tables of a result file, as Markdown."""
+    rows = load_rows(path)
+    phases = format_phases([row for row in rows if row['batch_size']])
+    return f'{format_tables(rows)}\n\nWhere the time of a step goes (ms):\n\n{phases}'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('results', help='JSON file from tools/benchmark.py')
     parser.add_argument('--plots', metavar='FOLDER', help='also draw plots into this folder')
     args = parser.parse_args()
-    rows = load_rows(args.results)
-    print(format_tables(rows))
-    print(f'\nWhere the time goes (ms):\n\n{format_phases([row for row in rows if row["batch_size"]])}')
+    print(report(args.results))
     if args.plots:
-        for path in draw(rows, Path(args.plots), Path(args.results).stem):
+        for path in draw(load_rows(args.results), Path(args.plots), Path(args.results).stem):
             print(f'\n{path}')
 
 
