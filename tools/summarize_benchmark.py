@@ -13,7 +13,6 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-HATCHES = ('', '//', '..', 'xx', '\\\\', '--', '++', 'oo', '**', '||')
 MARKERS = 'osD^vPX*<>'
 
 
@@ -91,31 +90,30 @@ def format_phases(rows: list[dict]) -> str:
         for name in names:
             seconds = [run['phases'][name]['seconds'] for run in row['runs'] if name in run.get('phases', {})]
             cells.append(f'{1000 * statistics.median(seconds):.0f}' if seconds else '')
-        lines.append(f'| {row["model"]}, batch {row["batch_size"]}, {row["method"]} | ' + ' | '.join(cells) + ' |')
+        size = '×'.join(map(str, row['image_size']))
+        case = f'{row["model"]}, {size}, batch {row["batch_size"]}, {row["method"]}'
+        lines.append(f'| {case} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
 def draw_bars(rows: list[dict], target: Path) -> None:
-    """Memory and time of the methods, a group of bars a model; hatches tell them apart in black and white."""
-    models, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ('model', 'method'))
-    memory_label = 'peak memory (MiB)' if 'cpu' not in rows[0]['device'] else 'peak memory of the process (MiB)'
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
+    """Memory, bytes kept and time, a bar a method."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 1 + 0.32 * len(rows)), layout='constrained', sharey=True)
     panels = (
-        ('peak_memory_mib', memory_label),
+        ('peak_memory_mib', 'peak memory of the process (MiB)' if 'cpu' in rows[0]['device'] else 'peak memory (MiB)'),
         ('saved_in_backbone_mib', 'kept in the backbone for backward (MiB)'),
         ('step_seconds', 'step time (s)'),
     )
-    width = 0.85 / len(methods)
     for axis, (key, label) in zip(axes, panels):
-        for number, method in enumerate(methods):
-            values = {row['model']: row[key] for row in rows if row['method'] == method}
-            places = [index + width * (number - (len(methods) - 1) / 2) for index in range(len(models))]
-            heights = [values.get(model, 0) for model in models]
-            hatch = HATCHES[number % len(HATCHES)]
-            axis.bar(places, heights, width, label=method, hatch=hatch, edgecolor='black', linewidth=0.6)
-        axis.set_xticks(range(len(models)), models)
-        axis.set_ylabel(label)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+        bars = axis.barh([row['method'] for row in rows], [row[key] for row in rows], color='0.75', edgecolor='black')
+        axis.bar_label(
+            bars, fmt=lambda value: f'{value:.0f}' if value >= 100 else f'{value:.3g}', padding=3, fontsize=9
+        )
+        axis.set_xlabel(label)
+        axis.margins(x=0.15)
+    axes[0].invert_yaxis()
+    height, width = rows[0]['image_size']
+    figure.suptitle(f'{rows[0]["model"]}, {height}×{width}, batch {rows[0]["batch_size"]}, {rows[0]["precision"]}')
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
@@ -150,15 +148,15 @@ def _position(row: dict, over: str) -> float:
 
 
 def draw(rows: list[dict], folder: Path, prefix: str) -> list[Path]:
-    """Bars for each setting that has several methods, curves for each model with several batch or image sizes."""
+    """Bars for each setting of models with one image size, curves for models with several batch or image sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in rows if row['batch_size']]
     drawn = []
-    for index, group in enumerate(group_rows(rows, 'precision', 'batch_size').values()):
-        largest = max(_position(row, 'image_size') for row in group)
-        group = [row for row in group if _position(row, 'image_size') == largest or len(group) == 1]
-        drawn.append(folder / f'{prefix}_bars_{index}.png')
-        draw_bars(group, drawn[-1])
+    for (model, _, *rest), group in group_rows(rows, 'model', 'image_size', 'precision', 'batch_size').items():
+        if len({row['image_size'][0] for row in rows if row['model'] == model}) == 1:
+            name = f'{prefix}_{model.replace(" ", "_")}' + ''.join(f'_{part}' for part in rest)
+            drawn.append(folder / f'{name}.png')
+            draw_bars(group, drawn[-1])
     for over, fixed in (('batch_size', 'image_size'), ('image_size', 'batch_size')):
         for (model, *_), group in group_rows(rows, 'model', 'precision', fixed).items():
             if len({_position(row, over) for row in group}) > 1:
