@@ -113,8 +113,8 @@ class SwinTaps:
 
     def blocks(self) -> Iterator[BlockSites]:
         """Where methods that insert modules find a block's parts, in the order of execution."""
-        for index, (stage, dims) in enumerate(zip(self.backbone.stages, self.backbone.num_features)):
-            for block in stage.blocks:
+        for index, dims in enumerate(self.embed_dims):
+            for block in self.backbone.stages[index].blocks:
                 yield BlockSites(block, block.norm1, block.attn, block.ffn.layers, dims, index)
 
     def narrower_blocks(self, index: int, dims: int) -> list[nn.Module]:

@@ -39,6 +39,17 @@ def stir(model, scale=0.1):
     return model
 
 
+def graph_nodes(outputs) -> set:
+    """All nodes of the autograd graph behind ``outputs``."""
+    nodes, seen = [output.grad_fn for output in outputs], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+    return seen
+
+
 @pytest.fixture(scope='session')
 def weights(tmp_path_factory) -> str:
     """A checkpoint of the tiny Swin, in its own key names."""

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import e3va, stir, swin
+from conftest import e3va, graph_nodes, stir, swin
 from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -115,15 +115,7 @@ def test_no_trained_parameter_is_idle_under_fewer_outputs(out_indices):
 
 def test_no_block_is_in_the_graph():
     model = stir(e3va())
-    outputs, nodes, seen = model(torch.randn(1, 3, 64, 64)), [], set()
-    nodes = [output.grad_fn for output in outputs]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        nodes += [parent for parent, _ in node.next_functions]
-    names = [type(node).__name__ for node in seen]
+    names = [type(node).__name__ for node in graph_nodes(model(torch.randn(1, 3, 64, 64)))]
     assert names.count('BottleneckBackward') == 4
     assert not [name for name in names if 'Softmax' in name or 'Gelu' in name or 'Bmm' in name]
 

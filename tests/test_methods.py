@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import stir, swin, tool
+from conftest import graph_nodes, stir, swin, tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
@@ -158,13 +158,8 @@ def test_a_deep_copy_calls_its_own_modules():
 
 def test_the_side_network_keeps_the_backbone_out_of_the_graph():
     model = stir(tuned(dict(type='LST', reduction=4)))
-    nodes, seen = [output.grad_fn for output in model(torch.randn(1, 3, 64, 64))], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-    variables = {id(node.variable) for node in seen if hasattr(node, 'variable')}
+    nodes = graph_nodes(model(torch.randn(1, 3, 64, 64)))
+    variables = {id(node.variable) for node in nodes if hasattr(node, 'variable')}
     assert not variables & {id(parameter) for parameter in model.backbone.stages.parameters()}
 
 
@@ -205,6 +200,15 @@ def test_merging_by_the_tool(seg_config, tmp_path):
 def test_only_peft_can_be_merged():
     with pytest.raises(ValueError, match='method Mona can not be merged'):
         tuned(dict(type='Mona', width=4)).merge()
+
+
+@pytest.mark.parametrize(
+    'method', [case for case in SMALL_CASES if case['type'] in ('Adapter', 'Mona', 'Partial', 'LST')]
+)
+def test_no_inserted_parameter_is_idle_under_fewer_outputs(method):
+    model = stir(tuned(method, swin(out_indices=(1,))))
+    sum(output.square().sum() for output in model(torch.randn(2, 3, 64, 64))).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_bitfit_norms_compute_the_same():
