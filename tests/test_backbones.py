@@ -85,6 +85,12 @@ def test_parameter_count_of_the_paper(embed_dims, num_heads, count):
     assert sum(value.nbytes for value in model.state_dict().values()) < 8e6
 
 
+def test_parameter_count_with_mixing():
+    backbone = swin(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone, adapter=dict(mixing=3)))
+    assert sum(parameter.numel() for parameter in model.adapter_parameters().values()) == 1_204_224
+
+
 def test_exactly_adapters_and_output_norms_are_trained():
     model = e3va()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,6 +1,7 @@
 """Comparison methods: counts and names, equality with the frozen backbone at the start, gradients, checkpoints."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -175,13 +176,32 @@ def test_merged_lora_is_a_stock_backbone_with_the_same_outputs():
         torch.testing.assert_close(output, reference, rtol=0, atol=1e-5)
 
 
+def tuned_config(seg_config, path, method) -> Config:
+    """The tiny segmentor under a comparison method, written to ``path``."""
+    config = Config.fromfile(seg_config)
+    stock = config.model.backbone.backbone
+    config.merge_from_dict({'model.backbone': dict(_delete_=True, type='TunedBackbone', backbone=stock, method=method)})
+    config.dump(path)
+    return config
+
+
+@pytest.mark.parametrize('method', [dict(type='LoRA', r=2), dict(type='Mona', width=4)], ids=['LoRA', 'Mona'])
+def test_training_and_testing_by_the_tools(seg_config, tmp_path, method):
+    if method['type'] == 'LoRA':
+        pytest.importorskip('peft')
+    tuned_config(seg_config, tmp_path / 'tuned.py', method)
+    work_dir = tmp_path / 'work'
+    logs = [tool('tools/train.py', tmp_path / 'tuned.py', '--work-dir', work_dir)]
+    logs.append(tool('tools/test.py', tmp_path / 'tuned.py', work_dir / 'iter_4.pth', '--work-dir', tmp_path / 'test'))
+    trained, tested = (re.findall(r'mIoU: ([\d.]+)', log)[-1] for log in logs)
+    assert trained == tested
+    state = torch.load(work_dir / 'iter_4.pth', weights_only=False)['state_dict']
+    assert not [key for key in state if key.endswith('qkv.base_layer.weight') or key.endswith('qkv.weight')]
+
+
 def test_merging_by_the_tool(seg_config, tmp_path):
     pytest.importorskip('peft')
-    config = Config.fromfile(seg_config)
-    method = {'model.backbone': dict(_delete_=True, type='TunedBackbone', backbone=config.model.backbone.backbone,
-                                     method=dict(type='LoRA', r=2))}  # fmt: skip
-    config.merge_from_dict(method)
-    config.dump(tmp_path / 'lora.py')
+    config = tuned_config(seg_config, tmp_path / 'lora.py', dict(type='LoRA', r=2))
     init_default_scope('mmseg')
     torch.manual_seed(0)
     model = MODELS.build(config.model)

@@ -21,6 +21,13 @@ def test_results_table():
     assert section('results table') == summarize(content)
 
 
+def test_methods_table():
+    from summarize import summarize
+
+    content = json.loads((ROOT / 'results/shapes_methods_cpu.json').read_text())
+    assert section('shapes methods', 'docs/methods.md') == summarize(content)
+
+
 @pytest.mark.parametrize('name', ['benchmark_cpu', 'benchmark_cpu_sizes'])
 def test_performance_tables(name):
     from summarize_benchmark import report
@@ -44,7 +51,7 @@ def test_bccd_sentence():
     assert f'frozen {frozen:.1f} mAP, E³VA {e3va:.1f} ' in (ROOT / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('name', ['small_sets.json', 'bccd_cpu.json'])
+@pytest.mark.parametrize('name', ['small_sets.json', 'bccd_cpu.json', 'shapes_methods_cpu.json'])
 def test_every_result_says_where_it_comes_from(name):
     content = json.loads((ROOT / 'results' / name).read_text())
     for run in content['runs'].values():
