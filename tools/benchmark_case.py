@@ -44,7 +44,6 @@ class Bench:
             config.optim_wrapper.dtype = AMP_DTYPES[case['precision']]
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         self.model = MODELS.build(config.model)
-        self.model.backbone.init_weights()
         self.model.to(self.device).train()
         if case['precision'] == 'amp-bf16':
             run_in_float32(self.model)
@@ -68,7 +67,7 @@ class Bench:
 def set_backbone(config: Config, backbone: dict) -> None:
     """Changes the stock backbone by ``backbone``, or wraps it if that names a ``type``.
 
-    No weights are loaded: what they are does not change what a step costs.
+    No weights are loaded or drawn but those of the constructors: what they are does not change what a step costs.
     """
     stock = config.model.backbone
     stock.init_cfg = None
