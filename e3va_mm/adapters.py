@@ -88,10 +88,10 @@ def stage_delta(record: TapRecord, weights: AdapterWeights, size: tuple[int, int
     if record.num_taps != len(weights.down_in):
         raise ValueError(f'this stage has {len(weights.down_in)} adapters but was given {record.num_taps} taps')
     kept = (record.kept, record.scales, record.sample, record.rerun)
-    reduced = Reduction.apply(record.reduced, *kept, weights.down_in)
+    reduced = TapReduction.apply(record.reduced, *kept, weights.down_in)
     if weights.mixing is not None:
         reduced = reduced + _mix(reduced, weights.mixing, size)
-    return Bottleneck.apply(reduced, *weights.bottleneck).view(record.shape)
+    return RankExpansion.apply(reduced, *weights.bottleneck).view(record.shape)
 
 
 def _mix(reduced: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -105,7 +105,7 @@ def _mix(reduced: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
     return mixed.unflatten(1, (num_adapters, width)).permute(1, 0, 3, 4, 2).reshape(reduced.shape)
 
 
-class Reduction(torch.autograd.Function):
+class TapReduction(torch.autograd.Function):
     """The rank-space images ``z P`` of a :class:`~e3va_mm.tap_record.TapRecord`, with gradient to ``P``."""
 
     @staticmethod
@@ -149,7 +149,7 @@ def _rerun_backward(rerun, grad_reduced: Tensor, grad_down_in: Tensor) -> None:
     rerun(visit)
 
 
-class Bottleneck(torch.autograd.Function):
+class RankExpansion(torch.autograd.Function):
     """From rank-space images (N, M, W) to the sum of the adapters' deltas, (M, C).
 
     Only its inputs are kept: the hidden activations are computed again, a group of adapters at a time.

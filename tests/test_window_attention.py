@@ -75,3 +75,15 @@ def test_attention_of_another_class_runs_as_it_is():
 
     block.attn.__class__ = Doubled
     torch.testing.assert_close(model(images)[0], model.backbone(images)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.parametrize(('dtype', 'error'), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize('shift', [0, 1], ids=['regular', 'shifted'])
+def test_on_cuda(dtype, error, shift):
+    module = MODELS.build(swin(embed_dims=64, num_heads=(2, 4, 8, 16))).stages[0].blocks[shift].attn.eval().cuda()
+    tokens = torch.randn(2, 33 * 50, 64, device='cuda')
+    with torch.no_grad():
+        expected = module(tokens, (33, 50))
+        output = fused(module.to(dtype), tokens.to(dtype), (33, 50))
+    assert (output - expected).norm() < error * expected.norm()
