@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 
+# A sample smaller than this saves little and makes the gradient too noisy to train by.
+_FEWEST_TOKENS = 4096
+
+
 @dataclass(frozen=True)
 class TapStorage:
     """What is kept of the taps for the gradient of ``P``; the forward pass and all other gradients are exact.
 
     Args:
         dtype: taps are rounded to it where it is narrower than theirs; ``None`` keeps them as they are.
-        fraction: share of the tokens that is kept, drawn anew (with replacement) in every forward pass. The gradient
-            is scaled up accordingly and stays unbiased.
+        fraction: share of the tokens that is kept, but no fewer than 4096, drawn anew (with replacement) in every
+            forward pass. The gradient is scaled up accordingly and stays unbiased.
         recompute: keep no taps; the backward pass runs the frozen stage again.
     """
 
@@ -84,9 +88,8 @@ class TapRecord:
         self.reduced = tap.new_empty(num_adapters, num_tokens, width)
         if not self._keeps_taps:
             return
-        num_kept = num_tokens
-        if self._storage.fraction < 1 and num_tokens:
-            num_kept = max(1, round(num_tokens * self._storage.fraction))
+        num_kept = min(num_tokens, max(_FEWEST_TOKENS, round(num_tokens * self._storage.fraction)))
+        if num_kept < num_tokens:
             self.sample = torch.randint(num_tokens, (num_kept,), device=tap.device)
         dtype = stored_dtype(tap.dtype, self._storage.dtype)
         self.kept = tap.new_empty(num_adapters, num_kept, dims, dtype=dtype)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from e3va_mm import adapters
+from e3va_mm import adapters, tap_record
 from e3va_mm.adapters import AdapterWeights, BottleneckWeights, reference_delta, stage_delta
 from e3va_mm.tap_record import TapRecord, TapStorage, decompress
 
@@ -153,7 +153,8 @@ def test_recomputed_taps_give_the_same_gradients_and_are_not_kept(group_bytes):
     torch.testing.assert_close(gradients(recomputed, weights), gradients(reference_delta(taps, weights), weights))
 
 
-def test_sampled_tokens_give_an_unbiased_gradient():
+def test_sampled_tokens_give_an_unbiased_gradient(monkeypatch):
+    monkeypatch.setattr(tap_record, '_FEWEST_TOKENS', 4)
     weights, taps = make_weights(), make_taps(shape=(2, 20, 6))
     exact_down_in, *exact_rest = gradients(fast_delta(taps, weights), weights)
     deltas = [fast_delta(taps, weights, fraction=0.25) for _ in range(400)]
@@ -166,6 +167,12 @@ def test_sampled_tokens_give_an_unbiased_gradient():
     record = TapRecord(weights.down_in, TapStorage(fraction=0.25))
     record.add(taps[0])
     assert record.kept.shape == (3, 10, 6)
+
+
+def test_small_samples_are_not_drawn():
+    weights, taps = make_weights(), make_taps(shape=(2, 20, 6))
+    sampled, exact = fast_delta(taps, weights, fraction=0.01), fast_delta(taps, weights)
+    torch.testing.assert_close(gradients(sampled, weights), gradients(exact, weights))
 
 
 def test_a_fixed_basis_needs_no_taps():

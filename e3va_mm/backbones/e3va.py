@@ -37,8 +37,8 @@ class E3VABackbone(FrozenBackbone):
         frozen_dtype: 'float16' or 'bfloat16' halves the memory of the frozen weights and speeds their forward up.
         saved_dtype: 'bfloat16' or 'float8_e4m3fn' is what the backward pass keeps of the taps, where it is narrower
             than theirs; the highway's state at the end of a stage is then kept in bfloat16. The forward pass is exact.
-        saved_fraction: share of the tokens that the backward pass keeps of the taps, drawn at random in every step;
-            the gradient stays unbiased and becomes noisier. 1 keeps all.
+        saved_fraction: share of the tokens that the backward pass keeps of the taps (but no fewer than 4096 a batch),
+            drawn at random in every step; the gradient stays unbiased and becomes noisier. 1 keeps all.
         recompute_taps: keep no taps and run the frozen stages again in the backward pass: the slow extreme.
         compile_frozen: run the frozen blocks through ``torch.compile``: for training at one fixed image size.
         init: 'zero' starts exactly at the frozen backbone; 'kaiming' draws all factors.
