@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # A sample smaller than this saves little and makes the gradient too noisy to train by.
 _FEWEST_TOKENS = 4096
 
