@@ -35,15 +35,12 @@ def test_zero_initialised_equals_the_frozen_backbone(scope, size):
         torch.testing.assert_close(output, stock, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('size', SIZES)
-def test_equals_the_recursion_of_the_paper(size):
-    """h_l = h_{l-1} + A(a_l) + A(m_l) block by block, with A(z) = z + delta(z), against the batched stages."""
-    model = stir(e3va()).double()
-    images = torch.randn(2, 3, *size, dtype=torch.float64)
+def paper_outputs(model, images):
+    """h_l = h_{l-1} + A(a_l) + A(m_l) block by block, with A(z) = z + delta(z), in plain autograd."""
     swin_module = model.backbone
     tokens, hw = swin_module.patch_embed(images)
-    state, expected = tokens, []
-    for index, stage in enumerate(swin_module.stages):
+    state, outputs = tokens, []
+    for index, stage in enumerate(swin_module.stages[: len(model.highway)]):
         for number, block in enumerate(stage.blocks):
             attended = block.attn(block.norm1(tokens), hw)
             tokens = tokens + attended
@@ -51,13 +48,29 @@ def test_equals_the_recursion_of_the_paper(size):
             tokens = tokens + transformed
             for tap, adapter in ((attended, 2 * number), (transformed, 2 * number + 1)):
                 state = state + tap + single_adapter(model.highway[index], adapter, tap)
-        normed = getattr(swin_module, f'norm{index}')(state)
-        expected.append(normed.transpose(1, 2).unflatten(2, hw))
+        if index in swin_module.out_indices:
+            normed = getattr(swin_module, f'norm{index}')(state)
+            outputs.append(normed.transpose(1, 2).unflatten(2, hw))
         if stage.downsample:
             state, _ = stage.downsample(state, hw)
             tokens, hw = stage.downsample(tokens, hw)
-    for output, reference in zip(model(images), expected):
-        torch.testing.assert_close(output, reference)
+    return outputs
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2, 3), (0, 2)])
+@pytest.mark.parametrize('size', SIZES)
+def test_equals_the_recursion_of_the_paper(size, out_indices):
+    """The batched stages and their hand-written backward against the definition: outputs and all gradients."""
+    model = stir(e3va(swin(out_indices=out_indices))).double()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = []
+    for outputs in (model(images), paper_outputs(model, images)):
+        torch.manual_seed(3)
+        # Not randn_like: it would draw in the order of the memory, which differs.
+        loss = sum((output * torch.randn(output.shape, dtype=output.dtype)).sum() for output in outputs)
+        gradients.append([*[output.detach() for output in outputs], *torch.autograd.grad(loss, trained)])
+    torch.testing.assert_close(*gradients)
 
 
 def single_adapter(highway, number, tap):
