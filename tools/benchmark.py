@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments import ROOT, provenance
@@ -49,6 +50,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--warmup', type=int, default=5, help='steps before them')
     parser.add_argument('--repeats', type=int, default=1, help='times that each case is run')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides of all configs')
+    parser.add_argument('--profile', action='store_true', help='also list the kernels that take the most time')
+    parser.add_argument('--jobs', type=int, default=1, help='processes that load and build; one at a time measures')
     parser.add_argument('--commit', help='recorded in the results; default: asked of git')
     return parser.parse_args()
 
@@ -92,15 +95,21 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
             'steps': args.steps,
             'warmup': args.warmup,
             'cfg_options': args.cfg_options,
+            'profile': args.profile,
         }
     return cases
 
 
-def run_case(case: dict) -> dict:
-    """The measurements of one case, or ``{'error': ...}`` with the end of what the process printed."""
+def run_case(case: dict, lock: str) -> dict:
+    """The measurements of one case, or ``{'error': ...}`` with the end of what the process printed.
+
+    Args:
+        case: see :func:`plan`.
+        lock: a file; who holds its lock may use the device.
+    """
     with tempfile.TemporaryDirectory() as folder:
         given, target = Path(folder, 'case.json'), Path(folder, 'result.json')
-        given.write_text(json.dumps(case))
+        given.write_text(json.dumps({**case, 'lock': lock}))
         command = [sys.executable, str(ROOT / 'tools/benchmark_case.py'), str(given), str(target)]
         call = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if call.returncode:
@@ -113,23 +122,31 @@ def main() -> None:
     out = Path(args.out)
     content = json.loads(out.read_text()) if out.is_file() else {'cases': {}}
     cases = plan(args)
+    for name, case in cases.items():
+        content['cases'].setdefault(name, {**case, 'config': str(Path(case['config']).name), 'runs': []})
+    # Repeat by repeat, so that those of a case are spread over the whole measurement.
+    missing = [
+        name for repeat in range(args.repeats) for name in cases if len(content['cases'][name]['runs']) <= repeat
+    ]
     failed = 0
-    for repeat in range(args.repeats):
-        for name, case in cases.items():
-            entry = content['cases'].setdefault(name, {**case, 'config': str(Path(case['config']).name), 'runs': []})
-            if len(entry['runs']) > repeat:
-                continue
-            result = run_case(case)
+    with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(args.jobs) as pool:
+        results = pool.map(lambda name: run_case(cases[name], lock.name), missing)
+        for name, result in zip(missing, results):
             print(f'{name}: {describe(result)}', flush=True)
             if 'error' in result:
                 failed += 1
                 continue
-            entry['runs'].append(result)
-            entry.update(provenance(args.commit))
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(content, indent=1) + '\n')
+            content['cases'][name]['runs'].append(result)
+            content['cases'][name].update(provenance(args.commit))
+            save(content, out)
     if failed:
         sys.exit(f'{failed} cases failed; what ran is in {out}')
+
+
+def save(content: dict, out: Path) -> None:
+    measured = {name: case for name, case in content['cases'].items() if case['runs']}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({'cases': measured}, indent=1) + '\n')
 
 
 def describe(result: dict) -> str:

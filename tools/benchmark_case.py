@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 import statistics
@@ -26,15 +28,16 @@ GIB = 2**30
 
 
 class Bench:
-    """A model with its optimizer and one batch, ready to step.
+    """A model with its optimizer; steps once it has been moved to the device and given a batch.
 
     Args:
-        case: ``config``, ``backbone`` (overrides; ``type`` wraps), ``precision``, ``batch_size``, ``image_size``
-            (H, W), ``data`` ('synthetic' or 'real') and ``cfg_options``.
+        case: ``config``, ``backbone`` (overrides; ``type`` wraps), ``precision``, ``image_size`` (H, W), ``data``
+            ('synthetic' or 'real') and ``cfg_options``.
     """
 
     def __init__(self, case: dict) -> None:
         torch.manual_seed(0)
+        self.case = case
         config = Config.fromfile(case['config'])
         init_default_scope(config.default_scope)
         config.merge_from_dict(case['cfg_options'])
@@ -42,13 +45,19 @@ class Bench:
         if AMP_DTYPES[case['precision']]:
             enable_amp(config)
             config.optim_wrapper.dtype = AMP_DTYPES[case['precision']]
+        self.config = config
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         self.model = MODELS.build(config.model)
+
+    def to_device(self) -> None:
         self.model.to(self.device).train()
-        if case['precision'] == 'amp-bf16':
+        if self.case['precision'] == 'amp-bf16':
             run_in_float32(self.model)
-        self.optim = build_optim_wrapper(self.model, config.optim_wrapper)
-        batch = real_batch(config, case) if case['data'] == 'real' else synthetic_batch(config, case)
+        self.optim = build_optim_wrapper(self.model, self.config.optim_wrapper)
+
+    def load_batch(self, batch_size: int) -> None:
+        make = real_batch if self.case['data'] == 'real' else synthetic_batch
+        batch = make(self.config, batch_size, self.case['image_size'])
         self.batch = self.model.data_preprocessor(batch, training=True)
 
     def step(self) -> None:
@@ -78,23 +87,23 @@ def set_backbone(config: Config, backbone: dict) -> None:
         stock.update(backbone)
 
 
-def real_batch(config: Config, case: dict) -> dict:
-    """The first training batch of the config's own data."""
-    config.train_dataloader.update(batch_size=case['batch_size'], num_workers=0, persistent_workers=False)
+def real_batch(config: Config, batch_size: int, _) -> dict:
+    """The first training batch of the config's own data, whatever its image size."""
+    config.train_dataloader.update(batch_size=batch_size, num_workers=0, persistent_workers=False)
     return next(iter(Runner.build_dataloader(config.train_dataloader, seed=0)))
 
 
-def synthetic_batch(config: Config, case: dict) -> dict:
+def synthetic_batch(config: Config, batch_size: int, image_size: tuple[int, int]) -> dict:
     """Random images of one size, with random labels in blocks or 10 random boxes and masks an image."""
-    height, width = case['image_size']
+    height, width = image_size
     if config.default_scope == 'mmdet':
         from mmdet.testing import demo_mm_inputs
 
-        size, head = case['batch_size'], config.model.get('bbox_head') or config.model.roi_head.bbox_head
+        head = config.model.get('bbox_head') or config.model.roi_head.bbox_head
         num_classes = (head[0] if isinstance(head, (list, tuple)) else head).num_classes
         with_mask = 'mask_head' in config.model.get('roi_head', {})
         # It draws labels from 1 up, which leaves none for a single class.
-        batch = demo_mm_inputs(size, (3, height, width), [10] * size, num_classes + 1, with_mask=with_mask)
+        batch = demo_mm_inputs(batch_size, (3, height, width), [10] * batch_size, num_classes + 1, with_mask=with_mask)
         for sample in batch['data_samples']:
             sample.gt_instances.labels -= 1
         return batch
@@ -102,7 +111,7 @@ def synthetic_batch(config: Config, case: dict) -> dict:
     from mmseg.structures import SegDataSample
 
     inputs, samples = [], []
-    for _ in range(case['batch_size']):
+    for _ in range(batch_size):
         inputs.append(torch.randint(256, (3, height, width), dtype=torch.uint8))
         blocks = torch.randint(config.model.decode_head.num_classes, (1, -(-height // 32), -(-width // 32)))
         labels = blocks.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, :height, :width]
@@ -110,7 +119,7 @@ def synthetic_batch(config: Config, case: dict) -> dict:
     return dict(inputs=inputs, data_samples=samples)
 
 
-def measure(bench: Bench, warmup: int, steps: int) -> dict:
+def measure(bench: Bench, warmup: int, steps: int, profile: bool) -> dict:
     """Peak memory and the time of a step, then where both go."""
     for _ in range(warmup):
         bench.step()
@@ -130,11 +139,29 @@ def measure(bench: Bench, warmup: int, steps: int) -> dict:
     }
     if cuda:
         result['peak_reserved_mib'] = round(torch.cuda.max_memory_reserved() / MIB, 1)
+    if profile:
+        result['most_time'] = most_time(bench)
     return {
         **result,
         'saved_in_backbone_mib': round(saved_bytes(bench) / MIB, 1),
         'phases': measure_phases(bench, steps),
     }
+
+
+def most_time(bench: Bench, number: int = 20) -> list[dict]:
+    """The kernels (on a CPU, the operators) that take the most time of one step, and what all of them take."""
+    cuda = bench.device.type == 'cuda'
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        bench.step()
+        bench.synchronize()
+    seconds = {
+        event.key: ((event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6, event.count)
+        for event in profiler.key_averages()
+    }
+    rows = sorted(seconds.items(), key=lambda item: -item[1][0])[:number]
+    total = (sum(time for time, _ in seconds.values()), sum(count for _, count in seconds.values()))
+    return [{'name': name[:120], 'seconds': t, 'calls': c} for name, (t, c) in [('all', total), *rows]]
 
 
 def saved_bytes(bench: Bench) -> int:
@@ -218,47 +245,57 @@ def limit_memory(gibibytes: float) -> None:
     torch.cuda.set_per_process_memory_fraction(gibibytes * GIB / torch.cuda.get_device_properties(0).total_memory)
 
 
-def largest_batch(case: dict) -> int:
+def largest_batch(bench: Bench) -> int:
     """The largest batch that trains under the memory cap; 0 if not even one image does."""
     fits, fails = 0, None
     while fails is None or fails - fits > 1:
         batch = max(1, 2 * fits) if fails is None else (fits + fails) // 2
-        if trains({**case, 'batch_size': batch}):
+        if trains(bench, batch):
             fits = batch
         else:
             fails = batch
     return fits
 
 
-def trains(case: dict) -> bool:
+def trains(bench: Bench, batch_size: int) -> bool:
     try:
-        bench = Bench(case)
+        bench.load_batch(batch_size)
         for _ in range(3):
             bench.step()
         return True
     except torch.OutOfMemoryError:
         return False
     finally:
-        bench = None
+        bench.batch = None
+        bench.optim.zero_grad()
         torch.cuda.empty_cache()
 
 
 def run_case(case: dict) -> dict:
-    if case['memory_cap']:
-        limit_memory(case['memory_cap'])
-    if case['batch_size'] == 'largest':
-        case = {**case, 'batch_size': largest_batch(case)}
-    if not case['batch_size']:
-        return {'batch_size': 0, 'out_of_memory': True}
-    try:
-        result = measure(Bench(case), case['warmup'], case['steps'])
-    except torch.OutOfMemoryError:
-        return {'batch_size': case['batch_size'], 'out_of_memory': True}
-    return {
-        'batch_size': case['batch_size'],
-        **result,
-        'images_per_second': case['batch_size'] / result['step_seconds'],
-    }
+    bench = Bench(case)
+    with exclusive(case['lock']):
+        if case['memory_cap']:
+            limit_memory(case['memory_cap'])
+        batch_size = case['batch_size']
+        try:
+            bench.to_device()
+            if batch_size == 'largest':
+                batch_size = largest_batch(bench)
+            if not batch_size:
+                return {'batch_size': 0, 'out_of_memory': True}
+            bench.load_batch(batch_size)
+            result = measure(bench, case['warmup'], case['steps'], case['profile'])
+        except torch.OutOfMemoryError:
+            return {'batch_size': batch_size, 'out_of_memory': True}
+    return {'batch_size': batch_size, **result, 'images_per_second': batch_size / result['step_seconds']}
+
+
+@contextlib.contextmanager
+def exclusive(path: str):
+    """Keeps other cases off the device: they may load and build meanwhile, but not measure."""
+    with open(path, 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 if __name__ == '__main__':
