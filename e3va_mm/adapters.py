@@ -24,7 +24,7 @@ from torch import Tensor
 from .tap_record import TapRecord, decompress
 
 # Adapters evaluated together; bounds the transient hidden activations (group x tokens x hidden) of a stage.
-_GROUP_BYTES = 64 * 2**20
+_GROUP_BYTES = 256 * 2**20
 
 
 class BottleneckWeights(NamedTuple):

@@ -99,8 +99,8 @@ class TapRecord:
         if self.sample is not None:
             tokens = tokens.index_select(0, self.sample)
         if self.scales is not None:
-            scale = float8_scale(tokens, self.kept.dtype)
-            self.scales[self.num_taps] = scale
+            scale = self.scales[self.num_taps]
+            scale.copy_(float8_scale(tokens, self.kept.dtype))
             tokens = tokens / scale
         self.kept[self.num_taps].copy_(tokens)
 
@@ -112,11 +112,16 @@ def stored_dtype(dtype: torch.dtype, limit: torch.dtype | None) -> torch.dtype:
 
 def float8_scale(values: Tensor, dtype: torch.dtype) -> Tensor:
     """What ``values`` are divided by to use the range of an 8-bit float: a positive fp32 scalar."""
-    largest = values.abs().amax().float() if values.numel() else values.new_zeros((), dtype=torch.float32)
+    # At least fp32, because half precision can not hold every scale.
+    precise = torch.promote_types(values.dtype, torch.float32)
+    largest = values.new_zeros((), dtype=precise)
+    if values.numel():
+        largest = torch.linalg.vector_norm(values, torch.inf, dtype=precise)
     return largest.clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(dtype).max
 
 
 def decompress(packed: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Kept values in ``dtype``; ``scale`` is that of 8-bit floats."""
-    # The scale may be below what half precision can hold.
-    return packed.to(dtype) if scale is None else (packed.float() * scale).to(dtype)
+    values = packed.to(dtype)
+    # In place: the product is formed in the scale's precision and written in dtype.
+    return values if scale is None else values.mul_(scale)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .window_attention import WindowLayout, fused_window_attention, window_bias, window_layout
@@ -134,7 +135,8 @@ class SwinTaps:
 
     def downsample(self, index: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         """The stage's own patch merging."""
-        return self.backbone.stages[index].downsample(tokens, size)
+        merging = self.backbone.stages[index].downsample
+        return _merge_patches(merging, tokens, size) if _merges_2x2(merging) else merging(tokens, size)
 
 
 def _run_block(block: nn.Module, tokens: Tensor, size: Size, layout: WindowLayout | None, bias: Tensor | None):
@@ -148,6 +150,22 @@ def _run_block(block: nn.Module, tokens: Tensor, size: Size, layout: WindowLayou
     # FFN.forward adds the residual itself; its `layers` are the MLP alone.
     transformed = block.ffn.layers(block.norm2(tokens))
     return tokens + transformed, attended, transformed
+
+
+def _merges_2x2(merging: nn.Module) -> bool:
+    sampler, padding = merging.sampler, getattr(merging.adap_padding, 'padding', None)
+    geometry = (sampler.kernel_size, sampler.stride, sampler.dilation, padding)
+    return geometry == ((2, 2), (2, 2), (1, 1), 'corner') and merging.norm is not None
+
+
+def _merge_patches(merging: nn.Module, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
+    """What the stock module computes with ``nn.Unfold``, which runs a kernel an image and transposes twice."""
+    height, width = size
+    grid = F.pad(tokens.unflatten(1, (height, width)), (0, 0, 0, width % 2, 0, height % 2))
+    patches = grid.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 5, 2, 4)
+    rows, columns = patches.shape[1:3]
+    patches = patches.reshape(len(tokens), rows * columns, -1)
+    return merging.reduction(merging.norm(patches)), (rows, columns)
 
 
 FAMILIES = {

@@ -105,7 +105,8 @@ def fused_window_attention(tokens: Tensor, w_msa: nn.Module, layout: WindowLayou
         (B, L, C) in the dtype of ``w_msa.proj``'s output.
     """
     batch, length, dims = tokens.shape
-    windows = tokens.reshape(-1, dims).index_select(0, layout.order)
+    # Cast first, so that under autocast the gather moves half the bytes.
+    windows = tokens.to(bias.dtype).reshape(-1, dims).index_select(0, layout.order)
     if len(layout.padding):
         windows.index_fill_(0, layout.padding, 0)
     heads, per_window = w_msa.num_heads, bias.shape[-1]

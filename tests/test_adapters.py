@@ -207,7 +207,7 @@ def test_taps_that_do_not_fit(shapes, message):
 
 
 def test_under_compile():
-    weights, taps = make_weights(dtype=torch.float32), make_taps(dtype=torch.float32)
+    weights, taps = make_weights(), make_taps()
     record = TapRecord(weights.down_in)
     for tap in taps:
         record.add(tap)
