@@ -24,7 +24,9 @@ from torch import Tensor
 from .tap_record import TapRecord, decompress
 
 # Adapters evaluated together; bounds the transient hidden activations (group x tokens x hidden) of a stage.
-_GROUP_BYTES = 256 * 2**20
+_GROUP_BYTES = 128 * 2**20
+# Tokens of a chunk, at least, and chunks, at most, in which sums over tokens are formed.
+_CHUNK_TOKENS, _MOST_CHUNKS = 1024, 64
 
 
 class BottleneckWeights(NamedTuple):
@@ -126,7 +128,7 @@ class TapReduction(torch.autograd.Function):
                 for group in _groups(kept):
                     scale = None if scales is None else scales[group].view(-1, 1, 1)
                     taps = decompress(kept[group], scale, grad.dtype)
-                    grad_down_in[group].copy_(taps.mT @ _sampled(grad[group], sample))
+                    grad_down_in[group].copy_(_token_sum(taps, _sampled(grad[group], sample)))
         return None, None, None, None, None, grad_down_in
 
 
@@ -193,12 +195,13 @@ def _group_backward(grad, reduced, core, weights, grads) -> Tensor:
     grad_expanded = grad @ weights.up_out.flatten(0, 1).t()
     grad_expanded = grad_expanded.view(num_tokens, num_adapters, width).transpose(0, 1)
     grad_inner = grad_expanded @ core.mT
-    grads.up_in.copy_(active.mT @ grad_inner)
+    grads.up_in.copy_(_token_sum(active, grad_inner))
+    del active  # As large as the transients of a group get.
     grad_hidden = torch.ops.aten.gelu_backward(grad_inner @ weights.up_in.mT, hidden)
     grads.down_bias.copy_(grad_hidden.sum(1))
-    grads.down_out.copy_(mixed.mT @ grad_hidden)
+    grads.down_out.copy_(_token_sum(mixed, grad_hidden))
     grad_mixed = grad_hidden @ weights.down_out.mT
-    grad_core = inner.mT @ grad_expanded + reduced.mT @ grad_mixed
+    grad_core = _token_sum(inner, grad_expanded) + _token_sum(reduced, grad_mixed)
     grads.core.copy_(_diagonal_blocks(grad_core, weights.core))
     return grad_mixed @ core.mT
 
@@ -210,6 +213,20 @@ def _expand(reduced, core, weights) -> tuple[Tensor, ...]:
     active = F.gelu(hidden)
     inner = active @ weights.up_in
     return mixed, hidden, active, inner, inner @ core
+
+
+def _token_sum(left: Tensor, right: Tensor) -> Tensor:
+    """``left.mT @ right`` of (n, M, p) and (n, M, q), as a sum over chunks of the tokens.
+
+    Batched products do not split the summed dimension by themselves, and ``n`` small outputs leave a GPU mostly idle.
+    """
+    num_tokens = left.shape[1]
+    most = min(_MOST_CHUNKS, num_tokens // _CHUNK_TOKENS)
+    chunks = next((number for number in range(most, 1, -1) if num_tokens % number == 0), 1)
+    if chunks == 1:
+        return left.mT @ right
+    products = left.unflatten(1, (chunks, -1)).mT @ right.unflatten(1, (chunks, -1))
+    return products.sum(1, dtype=torch.promote_types(left.dtype, torch.float32))
 
 
 def _groups(stacked: Tensor, width: int | None = None) -> list[slice]:

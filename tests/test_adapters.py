@@ -67,6 +67,13 @@ def test_equals_plain_autograd(group_bytes):
     torch.testing.assert_close(gradients(fast, weights), gradients(plain, weights))
 
 
+@pytest.mark.parametrize('num_tokens', [3000, 2999])
+def test_sums_over_many_tokens(num_tokens):
+    taps, weights = make_taps(shape=(1, num_tokens, 6)), make_weights()
+    expected = gradients(reference_delta(taps, weights), weights)
+    torch.testing.assert_close(gradients(fast_delta(taps, weights), weights), expected)
+
+
 def test_non_contiguous_taps():
     weights = make_weights()
     taps = [tap.transpose(0, 1) for tap in make_taps(shape=(5, 2, 6))]

@@ -28,11 +28,22 @@ def test_methods_table():
     assert section('shapes methods', 'docs/methods.md') == summarize(content)
 
 
-@pytest.mark.parametrize('name', ['benchmark_cpu', 'benchmark_cpu_sizes'])
+@pytest.mark.parametrize('name', ['benchmark_gpu', 'benchmark_cpu', 'benchmark_cpu_sizes'])
 def test_performance_tables(name):
     from summarize_benchmark import report
 
     assert section(name, 'docs/performance.md') == report(ROOT / f'results/{name}.json')
+
+
+def test_performance_in_the_readme():
+    from summarize_benchmark import load_rows
+
+    text = (ROOT / 'README.md').read_text()
+    rows = [row for row in load_rows(ROOT / 'results/benchmark_gpu.json') if row['batch_size'] == 8]
+    names = ('full', 'frozen', 'e3va', 'e3va+bf16', 'e3va+bf16+taps-float8')
+    for row in rows:
+        if row['precision'] == 'fp32' and row['method'] in names:
+            assert f'{row["peak_memory_mib"] / 1024:.1f} GiB / {1000 * row["step_seconds"]:.0f} ms' in text
 
 
 def test_demo_table():

@@ -159,6 +159,8 @@ def most_time(bench: Bench, number: int = 20) -> list[dict]:
         event.key: ((event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6, event.count)
         for event in profiler.key_averages()
     }
+    # Calls into the CUDA runtime are listed too, without any time on the device.
+    seconds = {name: figures for name, figures in seconds.items() if figures[0]}
     rows = sorted(seconds.items(), key=lambda item: -item[1][0])[:number]
     total = (sum(time for time, _ in seconds.values()), sum(count for _, count in seconds.values()))
     return [{'name': name[:120], 'seconds': t, 'calls': c} for name, (t, c) in [('all', total), *rows]]

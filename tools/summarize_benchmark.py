@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 MARKERS = 'osD^vPX*<>'
 
@@ -22,7 +23,8 @@ def load_rows(path: str | Path) -> list[dict]:
     for case in json.loads(Path(path).read_text())['cases'].values():
         runs = [run for run in case['runs'] if not run.get('out_of_memory')]
         if runs:
-            rows.append({**case, **{key: _median(runs, key) for key in runs[0] if key != 'phases'}, 'runs': runs})
+            keys = [key for key in runs[0] if key not in ('phases', 'most_time')]
+            rows.append({**case, **{key: _median(runs, key) for key in keys}, 'runs': runs})
         elif case['runs']:
             rows.append({**case, 'batch_size': 0})
     return rows
@@ -82,16 +84,26 @@ def _ratio(row: dict, reference: dict | None, key: str) -> str:
 
 
 def format_phases(rows: list[dict]) -> str:
-    """Where the time of a step goes, in milliseconds; a row a case."""
+    """Where the time of a step goes, in milliseconds; a row a case.
+
+    Phases are timed with a synchronisation after each, so their sum may exceed the step. ``kernels`` is what all
+    kernels of a step take (of profiled cases): where the step takes longer, it waits for the CPU.
+    """
     names = ('frozen_forward', 'highway', 'backbone_forward', 'neck_and_head', 'backward', 'optimizer')
-    lines = ['| case | ' + ' | '.join(name.replace('_', ' ') for name in names) + ' |', '|---' * (len(names) + 1) + '|']
+    profiled = any('most_time' in row['runs'][0] for row in rows)
+    titles = [name.replace('_', ' ') for name in names] + ['kernels'] * profiled
+    lines = ['| case | ' + ' | '.join(titles) + ' |', '|---' * (len(titles) + 1) + '|']
     for row in rows:
         cells = []
         for name in names:
             seconds = [run['phases'][name]['seconds'] for run in row['runs'] if name in run.get('phases', {})]
             cells.append(f'{1000 * statistics.median(seconds):.0f}' if seconds else '')
+        if profiled:
+            kernels = [run['most_time'][0]['seconds'] for run in row['runs'] if 'most_time' in run]
+            cells.append(f'{1000 * statistics.median(kernels):.0f}' if kernels else '')
         size = '×'.join(map(str, row['image_size']))
-        case = f'{row["model"]}, {size}, batch {row["batch_size"]}, {row["method"]}'
+        precision = '' if row['precision'] == 'fp32' else f'{row["precision"]}, '
+        case = f'{row["model"]}, {size}, batch {row["batch_size"]}, {precision}{row["method"]}'
         lines.append(f'| {case} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
@@ -99,18 +111,15 @@ def format_phases(rows: list[dict]) -> str:
 def draw_bars(rows: list[dict], target: Path) -> None:
     """Memory, bytes kept and time, a bar a method."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 1 + 0.32 * len(rows)), layout='constrained', sharey=True)
-    panels = (
-        ('peak_memory_mib', 'peak memory of the process (MiB)' if 'cpu' in rows[0]['device'] else 'peak memory (MiB)'),
-        ('saved_in_backbone_mib', 'kept in the backbone for backward (MiB)'),
-        ('step_seconds', 'step time (s)'),
-    )
-    for axis, (key, label) in zip(axes, panels):
-        bars = axis.barh([row['method'] for row in rows], [row[key] for row in rows], color='0.75', edgecolor='black')
+    for axis, (label, unit, key) in zip(axes, [*_memory_panels(rows), ('step time (s)', 1, 'step_seconds')]):
+        values = [row[key] / unit for row in rows]
+        bars = axis.barh([row['method'] for row in rows], values, color='0.75', edgecolor='black')
         axis.bar_label(
             bars, fmt=lambda value: f'{value:.0f}' if value >= 100 else f'{value:.3g}', padding=3, fontsize=9
         )
         axis.set_xlabel(label)
-        axis.margins(x=0.15)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.margins(x=0.2)
     axes[0].invert_yaxis()
     height, width = rows[0]['image_size']
     figure.suptitle(f'{rows[0]["model"]}, {height}×{width}, batch {rows[0]["batch_size"]}, {rows[0]["precision"]}')
@@ -118,27 +127,35 @@ def draw_bars(rows: list[dict], target: Path) -> None:
     plt.close(figure)
 
 
+def _memory_panels(rows: list[dict]) -> list[tuple[str, int, str]]:
+    """Label, unit in MiB and key of the two kinds of memory."""
+    unit, name = (1024, 'GiB') if max(row['peak_memory_mib'] for row in rows) >= 10 * 1024 else (1, 'MiB')
+    peak = 'peak memory of the process' if 'cpu' in rows[0]['device'] else 'peak memory'
+    return [
+        (f'{peak} ({name})', unit, 'peak_memory_mib'),
+        (f'kept in the backbone for backward ({name})', unit, 'saved_in_backbone_mib'),
+    ]
+
+
 def draw_curves(rows: list[dict], over: str, target: Path) -> None:
-    """Memory, bytes kept, and throughput of each method against the batch or the image size."""
+    """Memory, bytes kept, and throughput against the batch or the image size, of each method with several."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
-    panels = (
-        ('peak_memory_mib', 'peak memory (MiB)'),
-        ('saved_in_backbone_mib', 'kept in the backbone for backward (MiB)'),
-        ('images_per_second', 'images/s'),
-    )
-    for number, ((method,), group) in enumerate(group_rows(rows, 'method').items()):
-        points = sorted((_position(row, over), row) for row in group)
-        for axis, (key, _) in zip(axes, panels):
-            values = [row[key] for _, row in points]
-            axis.plot([position for position, _ in points], values, marker=MARKERS[number], label=method, color='black',
+    panels = [*_memory_panels(rows), ('images/s', 1, 'images_per_second')]
+    series = [(method, group) for (method,), group in group_rows(rows, 'method').items() if len(group) > 1]
+    for number, (method, group) in enumerate(series):
+        points = sorted(group, key=lambda row: _position(row, over))
+        positions = [_position(row, over) for row in points]
+        for axis, (_, unit, key) in zip(axes, panels):
+            values = [row[key] / unit for row in points]
+            axis.plot(positions, values, marker=MARKERS[number], label=method, color='black',
                       linestyle=('-', '--', ':', '-.')[number % 4], markerfacecolor='white')  # fmt: skip
-    for axis, (_, label) in zip(axes, panels):
+    for axis, (label, *_) in zip(axes, panels):
         axis.set_xlabel('batch size' if over == 'batch_size' else 'image size (megapixels)')
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle(rows[0]['model'])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    figure.suptitle(f'{rows[0]["model"]}, {rows[0]["precision"]}')
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
