@@ -16,6 +16,7 @@ ENGINE = ['torch>=2.4', 'onedl-mmengine>=0.10.8', 'onedl-mmcv>=2.3']
 SEG = [*ENGINE, 'onedl-mmsegmentation>=1.4', 'ftfy']
 DET = [*ENGINE, 'onedl-mmdetection>=3.5']
 PEFT = ['peft>=0.15']
+TIMM = ['timm>=1.0.20', 'torchvision']
 TEST = ['pytest', 'pytest-xdist', 'ruff']
 
 setup(
@@ -29,5 +30,12 @@ setup(
     package_data={'e3va_mm': ['weights/*.pth', 'weights/*.md']},
     python_requires='>=3.10',
     install_requires=['safetensors'],
-    extras_require={'seg': SEG, 'det': DET, 'peft': PEFT, 'test': TEST, 'all': sorted({*SEG, *DET, *PEFT, *TEST})},
+    extras_require={
+        'seg': SEG,
+        'det': DET,
+        'peft': PEFT,
+        'timm': TIMM,
+        'test': TEST,
+        'all': sorted({*SEG, *DET, *PEFT, *TIMM, *TEST}),
+    },
 )

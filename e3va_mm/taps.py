@@ -6,16 +6,16 @@ modules of the wrapped backbone and copies none of their code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .stages import MiTStages, Size, Stages
 from .window_attention import WindowLayout, fused_window_attention, window_bias, window_layout
-
-Size = tuple[int, int]
 
 
 class BlockSites(NamedTuple):
@@ -27,6 +27,12 @@ class BlockSites(NamedTuple):
     mlp: nn.Module  # its output is added to the residual stream
     embed_dims: int
     stage: int
+
+
+class StageStart(NamedTuple):
+    tokens: Tensor  # frozen
+    size: Size
+    carried: Tensor  # what the highway's state would be without deltas
 
 
 class SwinTaps:
@@ -99,6 +105,22 @@ class SwinTaps:
             self._biases[key] = state, bias
         return bias
 
+    def remember(self) -> None:
+        """Called when the base weights have been loaded, before anything is trained."""
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """Tokens without those that are no patches."""
+        return tokens
+
+    def follow(self, index: int, tokens: Tensor, size: Size) -> StageStart:
+        """From the end of a stage to the start of the next."""
+        tokens, size = self.downsample(index, tokens, size)
+        return StageStart(tokens, size, tokens)
+
+    def carry(self, index: int, state: Tensor, size: Size, next_size: Size) -> Tensor:
+        """The highway's state at the end of a stage -> at the start of the next."""
+        return self.downsample(index, state, size)[0]
+
     def block_outputs(self, index: int, tokens: Tensor, size: Size) -> list[Tensor]:
         """Tokens at a stage's start -> the tokens behind each of its blocks, without gradient."""
         outputs, taps = [tokens], []
@@ -139,6 +161,69 @@ class SwinTaps:
         return _merge_patches(merging, tokens, size) if _merges_2x2(merging) else merging(tokens, size)
 
 
+class StagedTaps:
+    """The interface of :class:`SwinTaps` for backbones with a description in :mod:`~e3va_mm.stages`.
+
+    Taps are read by forward hooks, which exist only while a stage runs.
+
+    Args:
+        backbone: the stock module.
+        stages: its description.
+        out_stages: the stages that have an output.
+        norm_names: their output norms, in the backbone.
+    """
+
+    def __init__(self, backbone: nn.Module, stages: Stages, out_stages: Iterable[int], norm_names: list[str]) -> None:
+        self.backbone, self.stages = backbone, stages
+        self.out_indices, self.norm_names = tuple(out_stages), list(norm_names)
+        self.num_stages = max(self.out_indices) + 1
+        self.embed_dims = self.stages.embed_dims[: self.num_stages]
+        self.branches = [
+            [branch for block in blocks for branch in self.stages.branches(block)]
+            for blocks in self.stages.blocks[: self.num_stages]
+        ]
+        self.num_taps = [len(modules) for modules in self.branches]
+
+    def remember(self) -> None:
+        self.stages.remember()
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Size]:
+        tokens, size = self.stages.embed(images)
+        # In half precision, the residual stream would lose what the later blocks add.
+        return tokens.to(torch.promote_types(tokens.dtype, torch.float32)), size
+
+    @torch.no_grad()
+    def run_stage(self, index: int, tokens: Tensor, size: Size, visit: Callable[[Tensor], None]) -> Tensor:
+        def read(module: nn.Module, args: tuple, output: Tensor) -> None:
+            visit(self.stages.arrange(module, output, size))
+
+        with contextlib.ExitStack() as hooks:
+            for module in self.branches[index]:
+                hooks.callback(module.register_forward_hook(read).remove)
+            for block in self.stages.blocks[index]:
+                tokens = self.stages.run_block(block, tokens, size)
+        return tokens
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        return tokens[:, self.stages.num_prefix :]
+
+    def follow(self, index: int, tokens: Tensor, size: Size) -> StageStart:
+        following, next_size = self.stages.advance(index, tokens, size)
+        if type(self.stages).carry is Stages.carry:
+            return StageStart(following, next_size, self.patches(following))
+        return StageStart(following, next_size, self.stages.carry(index, tokens, size, next_size))
+
+    def carry(self, index: int, state: Tensor, size: Size, next_size: Size) -> Tensor:
+        return self.stages.carry(index, state, size, next_size)
+
+    def blocks(self) -> Iterator[BlockSites]:
+        for index, dims in enumerate(self.embed_dims):
+            for block in self.stages.blocks[index]:
+                if not hasattr(block, 'attn'):
+                    raise ValueError(f'this method needs a transformer, and {type(block).__name__} has no attention')
+                yield BlockSites(block, block.norm1, block.attn, block.mlp, dims, index)
+
+
 def _run_block(block: nn.Module, tokens: Tensor, size: Size, layout: WindowLayout | None, bias: Tensor | None):
     """Tokens behind a block, and its two taps."""
     normed = block.norm1(tokens)
@@ -168,13 +253,31 @@ def _merge_patches(merging: nn.Module, tokens: Tensor, size: Size) -> tuple[Tens
     return merging.reduction(merging.norm(patches)), (rows, columns)
 
 
+def _timm_taps(backbone: nn.Module, compile_blocks: bool) -> StagedTaps:
+    _refuse_compilation(backbone, compile_blocks)
+    return StagedTaps(backbone, backbone.stages, backbone.out_stages, backbone.norm_names)
+
+
+def _mit_taps(backbone: nn.Module, compile_blocks: bool) -> StagedTaps:
+    _refuse_compilation(backbone, compile_blocks)
+    norm_names = [f'layers.{index}.2' for index in backbone.out_indices]
+    return StagedTaps(backbone, MiTStages(backbone), backbone.out_indices, norm_names)
+
+
+def _refuse_compilation(backbone: nn.Module, compile_blocks: bool) -> None:
+    if compile_blocks:
+        raise ValueError(f'compile_frozen=True is for SwinTransformer only, not for {type(backbone).__name__}')
+
+
 FAMILIES = {
     ('mmseg', 'SwinTransformer'): SwinTaps,
     ('mmdet', 'SwinTransformer'): SwinTaps,
+    ('mmseg', 'MixVisionTransformer'): _mit_taps,
+    ('e3va_mm', 'TIMMFeatures'): _timm_taps,
 }
 
 
-def build_taps(backbone: nn.Module, compile_blocks: bool = False) -> SwinTaps:
+def build_taps(backbone: nn.Module, compile_blocks: bool = False) -> SwinTaps | StagedTaps:
     """The family of ``backbone``, subclasses included.
 
     Raises:

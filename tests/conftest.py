@@ -27,6 +27,33 @@ def swin(scope='mmseg', **overrides) -> dict:
     return dict(type=f'{scope}.SwinTransformer', **{**tiny, **overrides})
 
 
+VIT = dict(embed_dim=32, depth=4, num_heads=2)
+SWIN = dict(embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=4, img_size=64)
+# A tiny model of each of timm's families, by the name of a published one.
+TIMM_MODELS = {
+    'vit_tiny_patch16_224': VIT,
+    'vit_large_patch14_dinov2': dict(VIT, init_values=0.5),
+    'vit_large_patch14_reg4_dinov2': dict(VIT, init_values=0.5),
+    'vit_base_patch16_clip_224': VIT,
+    'eva02_large_patch14_224': VIT,
+    'vit_large_patch16_dinov3': VIT,
+    'samvit_base_patch16': dict(VIT, window_size=3, global_attn_indexes=(1, 3), img_size=64),
+    'swin_tiny_patch4_window7_224': SWIN,
+    'swinv2_base_window12_192': SWIN,
+    'convnext_base': dict(dims=(8, 12, 16, 24), depths=(2, 2, 2, 2)),
+    'convnextv2_atto': dict(dims=(8, 12, 16, 24), depths=(2, 2, 2, 2)),
+    'pvt_v2_b0': dict(embed_dims=(8, 12, 16, 24), num_heads=(1, 2, 4, 8)),
+    'tf_efficientnet_lite0': {},
+    'mobilenetv2_050': {},
+    'mobilenetv3_small_050': {},
+}
+
+
+def timm_features(model_name='vit_tiny_patch16_224', **options) -> dict:
+    """Config of a tiny timm model."""
+    return dict(type='TIMMFeatures', model_name=model_name, **TIMM_MODELS[model_name.partition('.')[0]], **options)
+
+
 def e3va(backbone=None, **options):
     """A built E3VABackbone with its (random or pre-trained) base in place."""
     torch.manual_seed(0)

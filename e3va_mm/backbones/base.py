@@ -13,9 +13,10 @@ from mmengine.model.weight_init import initialize
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..custom_taps import CustomTaps
 from ..freezing import describe_difference, fingerprint, freeze, frozen_tensors, named_tensors
 from ..taps import build_taps, supported_backbones
-from .base_weights import CheckpointMismatchError, load_base_weights, names_weights
+from .base_weights import CheckpointMismatchError, load_base_weights, names_weights, weights_source
 
 FINGERPRINT = 'base_fingerprint'
 _FROZEN_DTYPES = {None: None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
@@ -35,6 +36,7 @@ class FrozenBackbone(BaseModule):
         init_cfg: mmengine initialisation of the wrapper itself, e.g. ``dict(type='Pretrained', checkpoint=...)``
             with a trained adapter.
         compile_frozen: run what is tapped through ``torch.compile``.
+        taps: where to tap a backbone of an unknown family, see :class:`~e3va_mm.custom_taps.CustomTaps`.
 
     Raises:
         KeyError, TypeError: ``backbone`` names no registered or no supported type.
@@ -47,11 +49,12 @@ class FrozenBackbone(BaseModule):
         frozen_dtype: str | None = None,
         init_cfg: dict | None = None,
         compile_frozen: bool = False,
+        taps: list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         self.frozen_dtype = parse_dtype('frozen_dtype', frozen_dtype, _FROZEN_DTYPES)
         self.backbone = backbone if isinstance(backbone, nn.Module) else _build(backbone)
-        self.taps = build_taps(self.backbone, compile_frozen)
+        self.taps = CustomTaps(self.backbone, taps) if taps else build_taps(self.backbone, compile_frozen)
         self._trained_base: set[str] = set()
         self._base_is_loaded = False
         self._base_record: dict[str, Tensor] = {}
@@ -113,6 +116,7 @@ class FrozenBackbone(BaseModule):
         self._base_record['fingerprint'] = fingerprint(frozen_tensors(staging, self._trained_base))
         if staging is not self.backbone:
             self._adopt(staging)
+        self.taps.remember()
         self._base_is_loaded = True
 
     def _staging(self) -> nn.Module:
@@ -172,7 +176,7 @@ class FrozenBackbone(BaseModule):
         if difference:
             raise CheckpointMismatchError(
                 f'the checkpoint belongs to another frozen base: {difference}; '
-                f"this model's base is given by backbone.init_cfg={self.backbone.init_cfg}"
+                f"this model's base is given by {weights_source(self.backbone)}"
             )
 
     def __deepcopy__(self, memo: dict) -> FrozenBackbone:

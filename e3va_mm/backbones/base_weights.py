@@ -17,8 +17,17 @@ class CheckpointMismatchError(RuntimeError):
 
 
 def names_weights(backbone: nn.Module) -> bool:
-    """Whether ``backbone.init_cfg`` names a weights file."""
+    """Whether ``backbone`` has weights to load: those of its ``init_cfg``, or what it loads by itself."""
+    if hasattr(backbone, 'load_weights'):
+        return backbone.names_weights
     return bool(backbone.init_cfg) and 'checkpoint' in backbone.init_cfg
+
+
+def weights_source(backbone: nn.Module) -> str:
+    """Where the weights of ``backbone`` come from, as messages say it."""
+    if hasattr(backbone, 'load_weights'):
+        return backbone.weights_source
+    return f'backbone.init_cfg={backbone.init_cfg}'
 
 
 def load_base_weights(backbone: nn.Module, optional: set[str]) -> None:
@@ -36,6 +45,9 @@ def load_base_weights(backbone: nn.Module, optional: set[str]) -> None:
         FileNotFoundError: the file is missing.
         CheckpointMismatchError: the file is damaged, or lacks weights of the backbone.
     """
+    if hasattr(backbone, 'load_weights'):
+        backbone.load_weights()
+        return
     source = f'backbone.init_cfg.checkpoint={backbone.init_cfg["checkpoint"]!r}'
     weights = _read(backbone.init_cfg['checkpoint'], source)
     required = {
@@ -58,11 +70,12 @@ def load_base_weights(backbone: nn.Module, optional: set[str]) -> None:
         raise CheckpointMismatchError(f'{source} does not fit {type(backbone).__name__}: {error}') from error
     missing = [name for name, tensor in required.items() if tensor.isnan().any()]
     if missing:
-        raise CheckpointMismatchError(
-            f'{source} lacks {len(missing)} of the {len(required)} weights of {type(backbone).__name__}: '
-            + ', '.join(missing[:3])
-            + (', …' if len(missing) > 3 else '')
-        )
+        raise CheckpointMismatchError(describe_missing(source, missing, len(required), backbone))
+
+
+def describe_missing(source: str, missing: list[str], number: int, backbone: nn.Module) -> str:
+    listed = ', '.join(missing[:3]) + (', …' if len(missing) > 3 else '')
+    return f'{source} lacks {len(missing)} of the {number} weights of {type(backbone).__name__}: {listed}'
 
 
 def _read(path: str, source: str) -> dict[str, Tensor]:

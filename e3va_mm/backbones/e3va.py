@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..highway import Recomputed, StageHighway
 from ..tap_record import TapStorage
-from ..taps import Size
+from ..taps import Size, StageStart
 from .base import FrozenBackbone, parse_dtype
 
 _SAVED_DTYPES = {
@@ -30,7 +30,8 @@ class E3VABackbone(FrozenBackbone):
     output norm, trained, and the next stage starts from the backbone's own (frozen) downsampling of ``h``.
 
     Args:
-        backbone: config of a stock mmseg or mmdet ``SwinTransformer`` of any size, its ``init_cfg`` included.
+        backbone: config of a stock backbone, its ``init_cfg`` included: mmseg's or mmdet's ``SwinTransformer`` of any
+            size, mmseg's ``MixVisionTransformer``, or :class:`TIMMFeatures`.
         adapter: ``rank`` (8), ``branches`` (2) and ``hidden_ratio`` (0.5) of the low-rank adapters; ``basis``
             ('learned') and ``mixing`` (0) are extensions, see :class:`~e3va_mm.highway.StageHighway`. The defaults are
             the paper's: 1,197,312 parameters for Swin-B, 1,792,896 for Swin-L.
@@ -42,7 +43,7 @@ class E3VABackbone(FrozenBackbone):
         recompute_taps: keep no taps and run the frozen stages again in the backward pass: the slow extreme.
         compile_frozen: run the frozen blocks through ``torch.compile``: for training at one fixed image size.
         init: 'zero' starts exactly at the frozen backbone; 'kaiming' draws all factors.
-        init_cfg: see :class:`FrozenBackbone`.
+        init_cfg, taps: see :class:`FrozenBackbone`.
 
     Raises:
         ValueError: an option is unknown or outside its range.
@@ -60,15 +61,18 @@ class E3VABackbone(FrozenBackbone):
         compile_frozen: bool = False,
         init: str = 'zero',
         init_cfg: dict | None = None,
+        taps: list[dict] | None = None,
     ) -> None:
-        super().__init__(backbone, frozen_dtype, init_cfg, compile_frozen)
+        super().__init__(backbone, frozen_dtype, init_cfg, compile_frozen, taps)
         _check_option_names(adapter or {})
         storage = TapStorage(_parse_saved_dtype(saved_dtype), _parse_fraction(saved_fraction), recompute_taps)
         # The state's rounding reaches the gradients of all earlier stages: 8 bits would be too few.
         self.state_dtype = torch.bfloat16 if saved_dtype else None
         options = dict(adapter or {}, init=init, storage=storage)
         stages = zip(self.taps.num_taps, self.taps.embed_dims)
-        self.highway = nn.ModuleList(StageHighway(num_taps, dims, **options) for num_taps, dims in stages)
+        self.highway = nn.ModuleList(
+            StageHighway(num_taps, dims, **options) if num_taps else nn.Identity() for num_taps, dims in stages
+        )
         norms = (self.backbone.get_submodule(name) for name in self.taps.norm_names)
         self.norms = dict(zip(self.taps.out_indices, norms))
         self.freeze_base(
@@ -100,27 +104,31 @@ class E3VABackbone(FrozenBackbone):
             offset, outputs = None, []
             for index, stage in enumerate(self.highway):
                 tokens, delta = self._run_stage(index, stage, tokens, size)
-                # At least fp32, also for half-precision deltas: the offset is a sum over the whole depth.
-                delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
-                offset = delta if offset is None else offset + delta
-                results = self._finish_stage(index, tokens, offset, size)
-                if index in self.norms:
-                    outputs.append(results[0])
+                offset, following = _add(offset, delta), None
                 if index + 1 < len(self.highway):
                     with torch.no_grad():
-                        tokens, size = self.taps.downsample(index, tokens, size)
-                    offset = results[-1].to(offset.dtype) - tokens
+                        following = self.taps.follow(index, tokens, size)
+                results = self._finish_stage(index, self.taps.patches(tokens), offset, size, following)
+                if index in self.norms:
+                    outputs.append(results[0])
+                if following:
+                    tokens, size, carried = following
+                    offset = None if offset is None else results[-1].to(offset.dtype) - carried
         return tuple(outputs)
 
-    def _run_stage(self, index: int, stage: StageHighway, tokens: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-        """The frozen tokens behind a stage's blocks, and the sum of its deltas."""
+    def _run_stage(self, index: int, stage: nn.Module, tokens: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
+        """The frozen tokens behind a stage's blocks, and the sum of its deltas, if it has taps."""
+        if not self.taps.num_taps[index]:
+            return self.taps.run_stage(index, tokens, size, lambda tap: None), None
         if self.training and stage.needs_basis():
             self.taps.run_stage(index, tokens, size, stage.fit_basis())
         record = stage.record()
         end = self.taps.run_stage(index, tokens, size, record.add)
         if stage.storage.recompute:
             record.rerun = self._rerun(index, tokens, size)
-        return end, stage(record, size)
+        delta = stage(record, size)
+        # At least fp32, also for half-precision deltas: they are summed over the whole depth.
+        return end, delta.to(torch.promote_types(delta.dtype, torch.float32))
 
     def _rerun(self, index: int, tokens: Tensor, size: Size) -> Callable:
         """Runs a stage once more, outside of this forward pass but under the same autocast."""
@@ -133,23 +141,30 @@ class E3VABackbone(FrozenBackbone):
 
         return rerun
 
-    def _finish_stage(self, index: int, tokens: Tensor, offset: Tensor, size: Size) -> tuple[Tensor, ...]:
-        """The stage's output (if it has one) and the downsampled highway state (if a stage follows)."""
+    def _finish_stage(
+        self, index: int, tokens: Tensor, offset: Tensor | None, size: Size, following: StageStart | None
+    ) -> tuple[Tensor, ...]:
+        """The stage's output (if it has one) and the highway's state at the start of the next (if there is one)."""
         norm, dtype = self.norms.get(index), tokens.dtype
 
         def finish(state: Tensor) -> tuple[Tensor, ...]:
             outputs = () if norm is None else (self._output(norm, state, dtype, size),)
-            is_last = index + 1 == len(self.highway)
-            return outputs if is_last else (*outputs, self.taps.downsample(index, state, size)[0])
+            return (*outputs, self.taps.carry(index, state, size, following.size)) if following else outputs
 
         # Output norm and downsampling are cheap and read the same state, so one copy of it serves both.
         parameters = () if norm is None else tuple(norm.parameters())
-        return Recomputed.apply(finish, self.state_dtype, tokens + offset, *parameters)
+        return Recomputed.apply(finish, self.state_dtype, _add(tokens, offset), *parameters)
 
     def _output(self, norm: nn.Module, state: Tensor, dtype: torch.dtype, size: Size) -> Tensor:
         # As the stock backbone's: in the dtype that its tokens have, but for a reduced frozen forward.
         normed = norm(state if self.frozen_dtype else state.to(dtype))
         return self.restore_dtype(normed.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
+
+
+def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
 
 
 def _check_option_names(adapter: dict) -> None:

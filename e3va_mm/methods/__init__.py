@@ -25,12 +25,15 @@ def build_method(taps: SwinTaps, config: dict) -> Method:
     """Builds ``dict(type=..., **options)`` on a backbone.
 
     Raises:
-        ValueError: the type or an option is unknown, or an option is outside its range.
+        ValueError: the type or an option is unknown, an option is outside its range, or the method is not defined for
+            the backbone.
     """
     options = dict(config)
     cls = METHODS.get(options.pop('type', None))
     if cls is None:
         raise ValueError(f'method must be dict(type=...) with a type of {list(METHODS)}, got {dict(config)}')
+    if cls.swin_only and not isinstance(taps, SwinTaps):
+        raise ValueError(f'{cls.__name__} is defined for SwinTransformer only, not for {type(taps.backbone).__name__}')
     parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
     known = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
     takes_any = len(known) < len(parameters)

@@ -18,6 +18,8 @@ class Method(nn.Module):
 
     # Whether the backbone takes part in training as a stock one does: dropout, stochastic depth, batch statistics.
     trains_backbone = False
+    # Whether it works by what only mm's Swin blocks offer: being called with the tokens' height and width.
+    swin_only = False
 
     def __init__(self, taps: SwinTaps) -> None:
         super().__init__()

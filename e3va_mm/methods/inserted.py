@@ -152,6 +152,8 @@ class Mona(Method):
         kernel_sizes: of the depthwise convolutions, odd.
     """
 
+    swin_only = True
+
     def __init__(self, taps: SwinTaps, width: int = 64, kernel_sizes: tuple[int, ...] = (3, 5, 7)) -> None:
         super().__init__(taps)
         check_positive('width', width)

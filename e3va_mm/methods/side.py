@@ -27,6 +27,8 @@ class LST(Method):
         reduction: widths of the backbone over widths of the side network; the latter must divide by the heads.
     """
 
+    swin_only = True
+
     def __init__(self, taps: SwinTaps, reduction: int = 8) -> None:
         super().__init__(taps)
         check_positive('reduction', reduction)
@@ -94,6 +96,8 @@ class DTL(Method):
         first_stage: index of the first stage with a side state.
         num_fed_blocks: blocks at the end of the backbone that are fed.
     """
+
+    swin_only = True
 
     def __init__(
         self,

@@ -1,0 +1,20 @@
+# ImageNet weights of ViT-Ti/16 (AugReg) in timm's key names; with pretrained=True instead, timm fetches them.
+_base_ = './bccd.py'
+model = dict(
+    data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3),
+    backbone=dict(
+        _delete_=True,
+        type='TIMMFeatures',
+        model_name='vit_tiny_patch16_224',
+        checkpoint='data/weights/vit_tiny_patch16_224.pth',
+        out_indices=(1, 2, 3),
+    ),
+    neck=dict(
+        _delete_=True,
+        type='SimpleFeaturePyramid',
+        in_channels=[192] * 3,
+        out_channels=256,
+        scales=(2, 1, 0.5),
+        num_outs=5,
+    ),
+)

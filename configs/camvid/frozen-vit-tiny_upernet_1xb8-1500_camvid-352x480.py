@@ -1,0 +1,4 @@
+_base_ = '../_base_/benchmarks/camvid_vit-tiny.py'
+model = dict(
+    backbone=dict(_delete_=True, type='TunedBackbone', backbone={{_base_.model.backbone}}, method=dict(type='Frozen'))
+)

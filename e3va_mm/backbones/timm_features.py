@@ -1,0 +1,165 @@
+"""timm's models as backbones for dense prediction."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from functools import partial
+from pathlib import Path
+
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..stages import TIMM_FAMILIES, Stages
+from .base_weights import CheckpointMismatchError, describe_missing
+
+
+@MODELS.register_module()
+class TIMMFeatures(BaseModule):
+    """A timm model that returns normalised feature maps, for images of any size.
+
+    Hierarchical models return one map a stride (4, 8, 16, 32), plain ViTs one each after a quarter, half, three
+    quarters and all of their depth, at the stride of a patch (see :class:`~e3va_mm.stages.ViTStages`); put
+    :class:`~e3va_mm.backbones.pyramid.SimpleFeaturePyramid` on top of these.
+
+    Args:
+        model_name: as timm lists it, of a family in :mod:`e3va_mm.stages`.
+        pretrained: load the weights that timm publishes for it, from its hub.
+        checkpoint: load weights from this file (``.pth`` or ``.safetensors``) instead, in timm's or the authors' names.
+        out_indices: which of the maps to return, by increasing stride or depth.
+        init_cfg: unused by the model; ``dict(type='Pretrained', checkpoint=...)`` is the same as ``checkpoint``.
+        **model_args: what else ``timm.create_model`` takes, e.g. ``drop_path_rate`` or ``img_size``.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: the model is unknown or of an unsupported family, or ``out_indices`` has no such map.
+        FileNotFoundError, CheckpointMismatchError: by ``init_weights``, where ``checkpoint`` is missing or lacks
+            weights.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        out_indices: tuple[int, ...] = (0, 1, 2, 3),
+        init_cfg: dict | None = None,
+        **model_args,
+    ) -> None:
+        super().__init__()
+        family = _family(model_name)
+        timm = _import_timm()
+        self.create = partial(timm.create_model, model_name, num_classes=0, **{**family.model_args, **model_args})
+        self.model_name = model_name
+        self.checkpoint = checkpoint or (init_cfg or {}).get('checkpoint')
+        self.pretrained = pretrained
+        self.model = self.create(pretrained=False)
+        self.stages = family(self.model)
+        levels = self.stages.levels
+        if not out_indices or not set(out_indices) <= set(range(len(levels))):
+            raise ValueError(f'out_indices={out_indices!r}, but {model_name} has maps 0 to {len(levels) - 1}')
+        self.out_stages = [levels[index] for index in out_indices]
+        self.norm_names = [f'norm{index}' for index in out_indices]
+        for name, stage in zip(self.norm_names, self.out_stages):
+            self.add_module(name, self.stages.norm(stage))
+
+    @property
+    def embed_dims(self) -> list[int]:
+        """Channels of the maps."""
+        return [self.stages.embed_dims[stage] for stage in self.out_stages]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images (B, 3, H, W) -> (B, C_s, H_s, W_s) for each of ``out_indices``, with gradient to all parameters."""
+        tokens, size = self.stages.embed(images)
+        norms, outputs = dict(zip(self.out_stages, self.norm_names)), []
+        for stage, blocks in enumerate(self.stages.blocks):
+            for block in blocks:
+                tokens = self.stages.run_block(block, tokens, size)
+            if stage in norms:
+                normed = getattr(self, norms[stage])(tokens[:, self.stages.num_prefix :])
+                outputs.append(normed.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
+            if len(outputs) == len(norms):
+                break
+            tokens, size = self.stages.advance(stage, tokens, size)
+        return tuple(outputs)
+
+    @property
+    def names_weights(self) -> bool:
+        return bool(self.checkpoint or self.pretrained)
+
+    @property
+    def weights_source(self) -> str:
+        if self.checkpoint:
+            return f'backbone.checkpoint={self.checkpoint!r}'
+        return f'backbone.model_name={self.model_name!r}, pretrained={self.pretrained}'
+
+    def init_weights(self) -> None:
+        """Loads the weights that the config names, if any; random ones are those of timm's constructor."""
+        if self.names_weights:
+            self.load_weights()
+
+    def load_weights(self) -> None:
+        """Loads ``checkpoint``, or what timm publishes."""
+        if self.checkpoint:
+            load_file(self.stages, self.checkpoint, self.weights_source)
+        else:
+            self.model.load_state_dict(self.create(pretrained=True).state_dict())
+        self._reset_norms()
+
+    def _reset_norms(self) -> None:
+        """Output norms: timm's own where the family has them."""
+        for name, stage in zip(self.norm_names, self.out_stages):
+            # In place: wrappers hold on to these modules.
+            self.get_submodule(name).load_state_dict(self.stages.norm(stage).state_dict())
+
+
+def load_file(stages: Stages, checkpoint: str, source: str) -> None:
+    """Loads a timm model from a file, which may be in the authors' key names and lack or have a classifier.
+
+    Args:
+        stages: of the model.
+        checkpoint: the file's path.
+        source: what messages call it.
+
+    Raises:
+        FileNotFoundError, CheckpointMismatchError: the file is missing or damaged, or does not fit.
+    """
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f'{source}: there is no such file; give the path of its weights')
+    try:
+        weights = _import_timm().models.load_state_dict(checkpoint)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise CheckpointMismatchError(f'{source} can not be read, it may be damaged: {error}') from error
+    model = stages.model
+    try:
+        weights = stages.convert(weights)
+        missing = [name for name, _ in model.named_parameters() if name not in weights]
+        if not missing:
+            model.load_state_dict(weights, strict=False)
+    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
+        raise CheckpointMismatchError(f'{source} does not fit {type(model).__name__}: {error}') from error
+    if missing:
+        raise CheckpointMismatchError(describe_missing(source, missing, len(list(model.parameters())), model))
+
+
+def _import_timm():
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError("TIMMFeatures needs timm: pip install 'e3va_mm[timm]'") from error
+    return timm
+
+
+def _family(model_name: str) -> type[Stages]:
+    timm = _import_timm()
+    if not timm.is_model(model_name):
+        close = difflib.get_close_matches(model_name, timm.list_models(), 3)
+        raise ValueError(f'timm has no model_name={model_name!r}; similar: {close}')
+    module = timm.models.model_entrypoint(model_name).__module__.rpartition('.')[2]
+    if module not in TIMM_FAMILIES:
+        raise ValueError(
+            f'model_name={model_name!r} is of the family {module!r}; supported are {sorted(TIMM_FAMILIES)}'
+        )
+    return TIMM_FAMILIES[module]
