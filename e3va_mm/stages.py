@@ -44,6 +44,10 @@ class Stages:
 
     # What timm's constructor needs for images of any size.
     model_args: dict = {}
+    # Modules behind the last stage, which no map needs.
+    unused: tuple[str, ...] = ('norm', 'head')
+    # Linear layers of which the family uses the weight without calling them: nothing injected there would act.
+    bypassed: tuple[str, ...] = ()
     num_prefix = 0
 
     def __init__(self, model: nn.Module) -> None:
@@ -99,6 +103,10 @@ class SwinStages(Stages):
         self.embed_dims = [info['num_chs'] for info in model.feature_info]
         self.levels = list(range(len(self.blocks)))
 
+    @property
+    def bypassed(self) -> tuple[str, ...]:
+        return _bypassed(self.blocks[0][0].attn)
+
     def embed(self, images: Tensor) -> tuple[Tensor, Size]:
         return _from_nhwc(self.model.patch_embed(_pad_to(images, self.model.patch_embed.patch_size[0])))
 
@@ -114,6 +122,8 @@ class SwinStages(Stages):
 
 class PVTStages(Stages):
     """Pyramid Vision Transformer v2 (arXiv 2106.13797); each stage ends in a norm that the next one starts from."""
+
+    unused = ('stages.3.norm', 'head')
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -137,6 +147,8 @@ class PVTStages(Stages):
 
 class ConvNeXtStages(Stages):
     """ConvNeXt and V2 (arXiv 2201.03545, 2301.00808)."""
+
+    unused = ('norm_pre', 'head')
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -167,6 +179,8 @@ class InvertedResidualStages(Stages):
     belongs to the transition; the last group of each stride has the output. Output norms are per-channel affine maps,
     because these networks normalise inside of their blocks.
     """
+
+    unused = ('conv_head', 'norm_head', 'bn2', 'classifier')
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -229,6 +243,7 @@ class ViTStages(Stages):
     """
 
     model_args = dict(dynamic_img_size=True)
+    unused = ('norm', 'fc_norm', 'attn_pool', 'head')
     _NUM_STAGES = 4
 
     def __init__(self, model: nn.Module) -> None:
@@ -272,6 +287,10 @@ class ViTStages(Stages):
 class EvaStages(ViTStages):
     """EVA, EVA-02 and DINOv3 (arXiv 2303.11331, 2508.10104): rotary position embeddings, made for each image size."""
 
+    @property
+    def bypassed(self) -> tuple[str, ...]:
+        return _bypassed(self.blocks[0][0].attn)
+
     def _position(self, grid: Tensor) -> Tensor:
         return self.model.norm_pre(self.model._pos_embed(grid)[0])
 
@@ -288,6 +307,7 @@ class SAMStages(ViTStages):
     blocks."""
 
     model_args = {}
+    unused = ('neck', 'head')
 
     def _position(self, grid: Tensor) -> Tensor:
         if self.model.pos_embed is not None:
@@ -309,6 +329,11 @@ class SAMStages(ViTStages):
 
     def norm(self, stage: int) -> nn.Module:
         return Stages.norm(self, stage)
+
+
+def _bypassed(attention: nn.Module) -> tuple[str, ...]:
+    adds_bias_itself = getattr(attention, 'q_bias', None) is not None and not attention.qkv_bias_separate
+    return ('qkv',) if adds_bias_itself else ()
 
 
 def pool_and_pad(tokens: Tensor, size: Size, next_size: Size, dims: int) -> Tensor:

@@ -22,9 +22,9 @@ class BlockSites(NamedTuple):
     """A transformer block and the modules in it at which methods act."""
 
     block: nn.Module  # called with (tokens, size)
-    norm1: nn.Module  # reads the block's input
-    attention: nn.Module  # called with (normalised tokens, size); its output is added to the block's input
-    mlp: nn.Module  # its output is added to the residual stream
+    norm1: nn.Module | None  # reads the block's input
+    attention: nn.Module | None  # reads normalised tokens; its output is added to the block's input
+    mlp: nn.Module | None  # its output is added to the residual stream
     embed_dims: int
     stage: int
 
@@ -219,9 +219,8 @@ class StagedTaps:
     def blocks(self) -> Iterator[BlockSites]:
         for index, dims in enumerate(self.embed_dims):
             for block in self.stages.blocks[index]:
-                if not hasattr(block, 'attn'):
-                    raise ValueError(f'this method needs a transformer, and {type(block).__name__} has no attention')
-                yield BlockSites(block, block.norm1, block.attn, block.mlp, dims, index)
+                parts = [getattr(block, name, None) for name in ('norm1', 'attn', 'mlp')]
+                yield BlockSites(block, *parts, dims, index)
 
 
 def _run_block(block: nn.Module, tokens: Tensor, size: Size, layout: WindowLayout | None, bias: Tensor | None):

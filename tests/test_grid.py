@@ -1,5 +1,6 @@
 """Which trainings a grid consists of, and what is made of their results."""
 
+import subprocess
 import sys
 
 import pytest
@@ -17,7 +18,7 @@ from e3va_mm.methods import METHODS
 
 def merged(method, dataset='shapes-seg'):
     """The backbone's config as ``tools/train.py`` gets it for a method."""
-    config = Config.fromfile(ROOT / run_grid.DATASETS[dataset].format(method_specs.config_prefix(method)))
+    config = Config.fromfile(ROOT / run_grid.DATASETS[dataset].format(method_specs.config_prefix(method) + 'swin-nano'))
     options = (option.split('=', 1) for option in method_specs.cfg_options(method))
     config.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in options})
     return config.model.backbone
@@ -31,7 +32,15 @@ def test_every_method_has_a_name():
 @pytest.mark.parametrize('dataset', run_grid.DATASETS)
 @pytest.mark.parametrize('prefix', ['', 'frozen-', 'e3va-'])
 def test_every_data_set_has_its_configs(dataset, prefix):
-    assert (ROOT / run_grid.DATASETS[dataset].format(prefix)).is_file()
+    for backbone in run_grid.BACKBONES[: 1 if 'shapes' in dataset else None]:
+        assert (ROOT / run_grid.DATASETS[dataset].format(prefix + backbone)).is_file()
+
+
+def test_a_backbone_without_a_config(capfd):
+    command = ['tools/run_grid.py', '--datasets', 'shapes-seg', '--backbones', 'vit-tiny', '--out', 'unused.json']
+    with pytest.raises(subprocess.CalledProcessError):
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    assert 'no config for this data set and backbone: configs/shapes/e3va-vit-tiny' in capfd.readouterr().err
 
 
 def test_a_method_changes_the_config_it_starts_from():
@@ -73,3 +82,12 @@ def test_table_and_plot(tmp_path):
 def test_contended_step_times_are_left_out():
     run = {**result('e3va', 40), 'jobs': 2}
     assert '| 100 MiB |  | 2 MiB |' in summarize.summarize({'runs': {'a': run}})
+
+
+def test_other_backbones_have_rows_of_their_own():
+    runs = {
+        name: result('e3va', 40, f'configs/camvid/e3va-{name}_upernet_1xb8-1500_camvid-352x480.py')
+        for name in run_grid.BACKBONES
+    }
+    rows = summarize.summarize({'runs': runs}).splitlines()[2:]
+    assert [row.split('|')[1].strip() for row in rows] == ['camvid', 'camvid, vit-tiny', 'camvid, efficientnet-lite0']

@@ -5,20 +5,22 @@ Runs that are already in the file are not repeated, so an interrupted grid goes 
 """
 
 import argparse
+import itertools
 import json
 import threading
 from pathlib import Path
 
-from experiments import Run, provenance, run_all
+from experiments import ROOT, Run, provenance, run_all
 from method_specs import METHODS, OPTIONS, cfg_options, config_prefix
 
 DATASETS = {
-    'camvid': 'configs/camvid/{}swin-nano_upernet_1xb8-1500_camvid-352x480.py',
-    'bccd': 'configs/bccd/retinanet_{}swin-nano_fpn_1xb2-800_bccd.py',
-    'nuclei': 'configs/nuclei/mask-rcnn_{}swin-nano_fpn_1xb2-600_nuclei.py',
-    'shapes-seg': 'configs/shapes/{}swin-nano_upernet_1xb8-600_shapes-96x96.py',
-    'shapes-det': 'configs/shapes/retinanet_{}swin-nano_fpn_1xb8-800_shapes.py',
+    'camvid': 'configs/camvid/{}_upernet_1xb8-1500_camvid-352x480.py',
+    'bccd': 'configs/bccd/retinanet_{}_fpn_1xb2-800_bccd.py',
+    'nuclei': 'configs/nuclei/mask-rcnn_{}_fpn_1xb2-600_nuclei.py',
+    'shapes-seg': 'configs/shapes/{}_upernet_1xb8-600_shapes-96x96.py',
+    'shapes-det': 'configs/shapes/retinanet_{}_fpn_1xb8-800_shapes.py',
 }
+BACKBONES = ('swin-nano', 'vit-tiny', 'efficientnet-lite0')
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,6 +28,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--datasets', nargs='+', choices=DATASETS, default=['camvid', 'bccd', 'nuclei'])
     methods = f'any of {", ".join(METHODS)}; options for some of them, appended with +: {", ".join(OPTIONS)}'
     parser.add_argument('--methods', nargs='+', default=['frozen', 'e3va', 'full'], help=methods)
+    parser.add_argument(
+        '--backbones', nargs='+', choices=BACKBONES, default=['swin-nano'], help='others: not on shapes'
+    )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; step times then include the contention')
     parser.add_argument('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
@@ -40,18 +45,22 @@ def parse_args() -> argparse.Namespace:
 def plan(args: argparse.Namespace) -> list[Run]:
     """Seed by seed, so that an unfinished grid has the same seeds of all methods."""
     flags = tuple(f'--{flag}' for flag in args.train_args)
-    return [
+    runs = [
         Run(
-            DATASETS[dataset].format(config_prefix(method)),
+            DATASETS[dataset].format(config_prefix(method) + backbone),
             method,
             seed,
             flags,
             (*args.cfg_options, *cfg_options(method)),
         )
         for seed in args.seeds
-        for dataset in args.datasets
+        for dataset, backbone in itertools.product(args.datasets, args.backbones)
         for method in args.methods
     ]
+    missing = sorted({run.config for run in runs if not (ROOT / run.config).is_file()})
+    if missing:
+        raise SystemExit(f'there is no config for this data set and backbone: {", ".join(missing)}')
+    return runs
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
+BACKBONES = ('vit-tiny', 'efficientnet-lite0')  # those that are named beside the data set
 # Task or data set as in the config's name, the metric that is shown, and the factor that makes it a percentage.
 METRICS = {
     'camvid': ('mIoU', 1),
@@ -25,16 +26,22 @@ MARKERS = 'osD^vPX*<>dhp8'
 
 def group_runs(content: dict) -> dict[str, dict[str, list[dict]]]:
     """The runs by data set and method, both in the order of the file's methods."""
-    groups: dict[str, dict[str, list[dict]]] = {name: {} for name in METRICS}
+    names = [name + backbone for name in METRICS for backbone in ('', *(f', {backbone}' for backbone in BACKBONES))]
+    groups: dict[str, dict[str, list[dict]]] = {name: {} for name in names}
     for run in content['runs'].values():
         stem = Path(run['config']).stem
         dataset = next(name for name in METRICS if stem.split('_')[-1].startswith(name))
-        groups[dataset].setdefault(run['method'], []).append(run)
+        backbone = next((f', {name}' for name in BACKBONES if name in stem), '')
+        groups[dataset + backbone].setdefault(run['method'], []).append(run)
     return {dataset: methods for dataset, methods in groups.items() if methods}
 
 
+def metric_of(dataset: str) -> tuple[str, float]:
+    return METRICS[dataset.partition(',')[0]]
+
+
 def values_of(dataset: str, runs: list[dict]) -> list[float]:
-    metric, scale = METRICS[dataset]
+    metric, scale = metric_of(dataset)
     return [scale * run['report']['metrics'][metric] for run in runs]
 
 
@@ -71,7 +78,7 @@ def _row(dataset: str, method: str, runs: list[dict]) -> str:
     alone = all(run['jobs'] == 1 for run in runs)
     step = f'{1000 * statistics.median(run["report"]["step_seconds_median"] for run in runs):.0f} ms' if alone else ''
     return (
-        f'| {dataset} | {NAMES.get(method, method)} | {METRICS[dataset][0].split("/")[-1]} '
+        f'| {dataset} | {NAMES.get(method, method)} | {metric_of(dataset)[0].split("/")[-1]} '
         f'{statistics.mean(values):.1f}{spread} | {len(values)} | {trained_parameters(runs[0]):,} | '
         f'{peak_memory(runs):.0f} MiB | {step} | {report["checkpoint_bytes"] / 2**20:.0f} MiB |'
     )
@@ -89,7 +96,7 @@ def draw(content: dict, target: Path) -> None:
                           markerfacecolor='white', markersize=8, label=NAMES.get(method, method))  # fmt: skip
         axis.set_title(dataset)
         axis.set_xlabel(f'peak memory in training (MiB, {runs[0]["report"]["peak_memory_kind"]})')
-        axis.set_ylabel(f'{METRICS[dataset][0].split("/")[-1]} (%)')
+        axis.set_ylabel(f'{metric_of(dataset)[0].split("/")[-1]} (%)')
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(target, dpi=110)

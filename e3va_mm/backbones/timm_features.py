@@ -10,7 +10,7 @@ from pathlib import Path
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..stages import TIMM_FAMILIES, Stages
 from .base_weights import CheckpointMismatchError, describe_missing
@@ -64,6 +64,10 @@ class TIMMFeatures(BaseModule):
         self.norm_names = [f'norm{index}' for index in out_indices]
         for name, stage in zip(self.norm_names, self.out_stages):
             self.add_module(name, self.stages.norm(stage))
+        for name in self.stages.unused:
+            parent, _, child = name.rpartition('.')
+            if child in dict(self.model.get_submodule(parent).named_children()):
+                setattr(self.model.get_submodule(parent), child, nn.Identity())
 
     @property
     def embed_dims(self) -> list[int]:
@@ -102,17 +106,15 @@ class TIMMFeatures(BaseModule):
 
     def load_weights(self) -> None:
         """Loads ``checkpoint``, or what timm publishes."""
+        # Into a model with all of its parts: the file has them, and the output norms start from them.
+        complete = type(self.stages)(self.create(pretrained=not self.checkpoint))
         if self.checkpoint:
-            load_file(self.stages, self.checkpoint, self.weights_source)
-        else:
-            self.model.load_state_dict(self.create(pretrained=True).state_dict())
-        self._reset_norms()
-
-    def _reset_norms(self) -> None:
-        """Output norms: timm's own where the family has them."""
+            load_file(complete, self.checkpoint, self.weights_source)
+        weights = complete.model.state_dict()
+        self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
         for name, stage in zip(self.norm_names, self.out_stages):
             # In place: wrappers hold on to these modules.
-            self.get_submodule(name).load_state_dict(self.stages.norm(stage).state_dict())
+            self.get_submodule(name).load_state_dict(complete.norm(stage).state_dict())
 
 
 def load_file(stages: Stages, checkpoint: str, source: str) -> None:
@@ -135,13 +137,19 @@ def load_file(stages: Stages, checkpoint: str, source: str) -> None:
     model = stages.model
     try:
         weights = stages.convert(weights)
-        missing = [name for name, _ in model.named_parameters() if name not in weights]
+        optional = tuple(f'{name}.' for name in stages.unused)
+        needed = [
+            name
+            for name in model.state_dict()
+            if not name.startswith(optional) and not name.endswith('num_batches_tracked')
+        ]
+        missing = [name for name in needed if name not in weights]
         if not missing:
             model.load_state_dict(weights, strict=False)
     except (KeyError, RuntimeError, ValueError, AssertionError) as error:
         raise CheckpointMismatchError(f'{source} does not fit {type(model).__name__}: {error}') from error
     if missing:
-        raise CheckpointMismatchError(describe_missing(source, missing, len(list(model.parameters())), model))
+        raise CheckpointMismatchError(describe_missing(source, missing, len(needed), model))
 
 
 def _import_timm():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..highway import StageHighway
-from ..taps import Size, SwinTaps
+from ..taps import BlockSites, Size, SwinTaps
 from .base import Method, check_positive
 
 
@@ -30,6 +30,12 @@ class _Beside(_After):
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output + self.inserted(args[0])
+
+
+def _branches(sites: BlockSites) -> tuple[nn.Module, nn.Module]:
+    if sites.attention is None or sites.mlp is None:
+        raise ValueError(f'this method needs blocks with attn and mlp, and {type(sites.block).__name__} has not both')
+    return sites.attention, sites.mlp
 
 
 class Bottleneck(nn.Module):
@@ -69,7 +75,7 @@ class Adapter(Method):
         check_positive('width', width)
         self.inserted = nn.ModuleList()
         for sites in taps.blocks():
-            for module in (sites.attention, sites.mlp):
+            for module in _branches(sites):
                 self.inserted.append(Bottleneck(sites.embed_dims, width))
                 module.register_forward_hook(_After(self.inserted[-1]))
 
@@ -91,7 +97,7 @@ class AdaptFormer(Method):
         check_positive('width', width)
         self.inserted = nn.ModuleList()
         for sites in taps.blocks():
-            for module in (sites.attention, sites.mlp) if attention else (sites.mlp,):
+            for module in _branches(sites)[0 if attention else 1 :]:
                 self.inserted.append(Bottleneck(sites.embed_dims, width, F.relu, scale))
                 module.register_forward_hook(_Beside(self.inserted[-1]))
 
@@ -120,7 +126,7 @@ class LoRand(Method):
         options = dict(rank=rank, branches=branches, hidden_ratio=hidden_ratio, init=init)
         self.inserted = nn.ModuleList()
         for sites in taps.blocks():
-            for module in (sites.attention, sites.mlp):
+            for module in _branches(sites):
                 self.inserted.append(_LowRankBottleneck(sites.embed_dims, shared_core, **options))
                 module.register_forward_hook(_After(self.inserted[-1]))
 

@@ -26,6 +26,13 @@ class PEFT(Method):
     def __init__(self, taps: SwinTaps, peft_type: str, **options) -> None:
         super().__init__(taps)
         given = dict(peft_type=peft_type, **options)
+        stages = getattr(taps, 'stages', None)
+        bypassed = set(stages.bypassed if stages else ()) & set(options.get('target_modules') or ())
+        if bypassed:
+            raise ValueError(
+                f'method.target_modules has {sorted(bypassed)}, but {type(stages.model).__name__} uses the weights of '
+                'these layers without calling them: what peft injects there would have no effect'
+            )
         try:
             self.config = _import_peft().get_peft_config(dict(given))
         except (KeyError, TypeError, ValueError) as error:
