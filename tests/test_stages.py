@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from e3va_mm import stages
+from e3va_mm import timm_stages
 from e3va_mm.backbones import CheckpointMismatchError
 from e3va_mm.taps import SwinTaps, build_taps
 
@@ -355,6 +355,6 @@ def test_families_of_the_table_are_those_of_the_code():
         ),
         SwinTaps,
     )
-    assert set(stages.TIMM_FAMILIES) == {
+    assert set(timm_stages.TIMM_FAMILIES) == {
         timm.models.model_entrypoint(name).__module__.rpartition('.')[2] for name in TIMM_MODELS
     }

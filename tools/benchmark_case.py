@@ -80,7 +80,8 @@ def set_backbone(config: Config, backbone: dict) -> None:
     """
     stock = config.model.backbone
     stock.init_cfg = None
-    stock.pop('pretrained', None)
+    for name in ('pretrained', 'checkpoint'):
+        stock.pop(name, None)
     if 'type' in backbone:
         config.model.backbone = dict(backbone, backbone=stock)
     else:
@@ -237,7 +238,7 @@ def run_frozen(bench: Bench) -> float | None:
         for index in range(backbone.taps.num_stages):
             tokens = backbone.taps.run_stage(index, tokens, size, lambda tap: None)
             if index + 1 < backbone.taps.num_stages:
-                tokens, size = backbone.taps.downsample(index, tokens, size)
+                tokens, size, _ = backbone.taps.follow(index, tokens, size)
     return bench.synchronize() - started
 
 

@@ -1,11 +1,2 @@
-_base_ = './retinanet_swin-l-p4-w7_fpn_1x_voc0712.py'
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='TIMMFeatures',
-        model_name='convnext_base.fb_in22k',
-        pretrained=True,
-        out_indices=(1, 2, 3),
-    ),
-    neck=dict(in_channels=[256, 512, 1024]),
-)
+_base_ = './retinanet_swinv2-b_1x_voc0712.py'
+model = dict(backbone=dict(model_name='convnext_base.fb_in22k'))

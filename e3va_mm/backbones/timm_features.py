@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..stages import TIMM_FAMILIES, Stages
+from ..timm_stages import TIMM_FAMILIES, TIMMStages
 from .base_weights import CheckpointMismatchError, describe_missing
 
 
@@ -21,11 +21,11 @@ class TIMMFeatures(BaseModule):
     """A timm model that returns normalised feature maps, for images of any size.
 
     Hierarchical models return one map a stride (4, 8, 16, 32), plain ViTs one each after a quarter, half, three
-    quarters and all of their depth, at the stride of a patch (see :class:`~e3va_mm.stages.ViTStages`); put
+    quarters and all of their depth, at the stride of a patch (see :class:`~e3va_mm.timm_stages.ViTStages`); put
     :class:`~e3va_mm.backbones.pyramid.SimpleFeaturePyramid` on top of these.
 
     Args:
-        model_name: as timm lists it, of a family in :mod:`e3va_mm.stages`.
+        model_name: as timm lists it, of a family in :mod:`e3va_mm.timm_stages`.
         pretrained: load the weights that timm publishes for it, from its hub.
         checkpoint: load weights from this file (``.pth`` or ``.safetensors``) instead, in timm's or the authors' names.
         out_indices: which of the maps to return, by increasing stride or depth.
@@ -117,7 +117,7 @@ class TIMMFeatures(BaseModule):
             self.get_submodule(name).load_state_dict(complete.norm(stage).state_dict())
 
 
-def load_file(stages: Stages, checkpoint: str, source: str) -> None:
+def load_file(stages: TIMMStages, checkpoint: str, source: str) -> None:
     """Loads a timm model from a file, which may be in the authors' key names and lack or have a classifier.
 
     Args:
@@ -160,7 +160,7 @@ def _import_timm():
     return timm
 
 
-def _family(model_name: str) -> type[Stages]:
+def _family(model_name: str) -> type[TIMMStages]:
     timm = _import_timm()
     if not timm.is_model(model_name):
         close = difflib.get_close_matches(model_name, timm.list_models(), 3)
