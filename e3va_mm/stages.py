@@ -63,7 +63,7 @@ class Stages(ABC):
         """A branch's output as patch tokens."""
         return output.flatten(1, 2) if output.ndim == 4 else output[:, self.num_prefix :]
 
-    def remember(self) -> None:
+    def remember(self) -> None:  # noqa: B027 (most families have nothing to remember)
         """Called when the base weights have been loaded, before anything is trained."""
 
     def norm(self, stage: int) -> nn.Module:
