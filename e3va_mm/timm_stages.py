@@ -22,7 +22,7 @@ import sys
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .stages import ChannelAffine, Size, Stages, from_nchw, pool_and_pad, to_nchw
+from .stages import Size, Stages, from_nchw, pool_and_pad, to_nchw
 
 
 class TIMMStages(Stages):
@@ -125,8 +125,7 @@ class InvertedResidualStages(TIMMStages):
     """EfficientNet (arXiv 1905.11946) and MobileNet V2 and V3 (arXiv 1801.04381, 1905.02244).
 
     A stage is a group of timm's ``blocks`` from stride 4 on. It begins with a block without skip connection, which
-    belongs to the transition; the last group of each stride has the output. Output norms are per-channel affine maps,
-    because these networks normalise inside of their blocks.
+    belongs to the transition; the last group of each stride has the output.
     """
 
     unused = ('conv_head', 'norm_head', 'bn2', 'classifier')
@@ -168,9 +167,6 @@ class InvertedResidualStages(TIMMStages):
             return weights
         # The other common PyTorch port (_blocks.N._expand_conv, ...) registers the same layers in the same order.
         return dict(zip(self.model.state_dict(), weights.values()))
-
-    def norm(self, stage: int) -> nn.Module:
-        return ChannelAffine(self.embed_dims[stage])
 
 
 class ViTStages(TIMMStages):
