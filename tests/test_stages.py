@@ -248,6 +248,32 @@ def test_compilation_is_for_swin():
         e3va(timm_features(), compile_frozen=True)
 
 
+@pytest.mark.parametrize('option', ['recompute_taps', 'compile_frozen'])
+def test_options_that_taps_from_the_config_do_not_have(option):
+    with pytest.raises(ValueError, match='recompute_taps and compile_frozen need a listed family'):
+        e3va(RESNET, taps=RESNET_TAPS, **{option: True})
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(saved_dtype='bfloat16'),
+        dict(saved_dtype='float8_e4m3fn', saved_fraction=0.5),
+        dict(recompute_taps=True),
+        dict(adapter=dict(mixing=3)),
+        dict(adapter=dict(basis='pca')),
+    ],
+    ids=str,
+)
+def test_options_on_a_vit(options):
+    """A rectangular image, so that mixing would fail on transposed or prefixed tokens."""
+    model = stir(e3va(timm_features('vit_large_patch14_reg4_dinov2'), **options)).train()
+    outputs = model(images((64, 96)))
+    sum(output.square().mean() for output in outputs).backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+    assert all(output.isfinite().all() and output.shape[2:] == (4, 6) for output in outputs)
+
+
 @pytest.mark.parametrize('backbone', [timm_features(), MIT], ids=['ViT', 'MiT'])
 def test_reduced_frozen_precision(backbone):
     model, exact = e3va(backbone, frozen_dtype='bfloat16'), e3va(backbone)

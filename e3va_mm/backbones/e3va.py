@@ -63,6 +63,8 @@ class E3VABackbone(FrozenBackbone):
         init_cfg: dict | None = None,
         taps: list[dict] | None = None,
     ) -> None:
+        if taps and (recompute_taps or compile_frozen):
+            raise ValueError('recompute_taps and compile_frozen need a listed family, not taps from the config')
         super().__init__(backbone, frozen_dtype, init_cfg, compile_frozen, taps)
         _check_option_names(adapter or {})
         storage = TapStorage(_parse_saved_dtype(saved_dtype), _parse_fraction(saved_fraction), recompute_taps)
