@@ -54,6 +54,12 @@ def timm_features(model_name='vit_tiny_patch16_224', **options) -> dict:
     return dict(type='TIMMFeatures', model_name=model_name, **TIMM_MODELS[model_name.partition('.')[0]], **options)
 
 
+def images(size=(57, 83)):
+    """Two random images, of an odd size unless given another; always the same."""
+    torch.manual_seed(3)
+    return torch.randn(2, 3, *size)
+
+
 def e3va(backbone=None, **options):
     """A built E3VABackbone with its (random or pre-trained) base in place."""
     torch.manual_seed(0)

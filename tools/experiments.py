@@ -102,7 +102,8 @@ def provenance(commit: str | None = None) -> dict:
         'torch': torch.__version__,
         'mmengine': mmengine.__version__,
         'commit': commit or _git_commit(),
-        'command': ' '.join(['python', *sys.argv]),
+        # Folders of the machine say nothing to others.
+        'command': ' '.join(['python', *(Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv)]),
     }
 
 
