@@ -21,11 +21,17 @@ def test_results_table():
     assert section('results table') == summarize(content)
 
 
-def test_methods_table():
+@pytest.mark.parametrize(
+    ('name', 'page', 'file'),
+    [
+        ('shapes methods', 'docs/methods.md', 'shapes_methods_cpu.json'),
+        ('backbones cpu', 'docs/backbones.md', 'backbones_cpu.json'),
+    ],
+)
+def test_tables_of_the_docs(name, page, file):
     from summarize import summarize
 
-    content = json.loads((ROOT / 'results/shapes_methods_cpu.json').read_text())
-    assert section('shapes methods', 'docs/methods.md') == summarize(content)
+    assert section(name, page) == summarize(json.loads((ROOT / 'results' / file).read_text()))
 
 
 @pytest.mark.parametrize('name', ['benchmark_gpu', 'benchmark_cpu', 'benchmark_cpu_sizes'])
@@ -65,7 +71,7 @@ def test_bccd_sentence():
     assert f'frozen {frozen} mAP, E³VA {e3va} ' in ' '.join((ROOT / 'README.md').read_text().split())
 
 
-@pytest.mark.parametrize('name', ['small_sets.json', 'bccd_cpu.json', 'shapes_methods_cpu.json'])
+@pytest.mark.parametrize('name', ['small_sets.json', 'bccd_cpu.json', 'shapes_methods_cpu.json', 'backbones_cpu.json'])
 def test_every_result_says_where_it_comes_from(name):
     content = json.loads((ROOT / 'results' / name).read_text())
     for run in content['runs'].values():
