@@ -68,7 +68,18 @@ class CustomTaps:
                     hooks.callback(module.register_forward_hook(_append_to(taps[index])).remove)
                 hooks.callback(self.end_modules[index].register_forward_hook(_put_into(ends, index)).remove)
             self.backbone(images)
+        self._check(taps, ends)
         return Recorded(taps, ends), ends[0][1]
+
+    def _check(self, taps: list[list[Tensor]], ends: list) -> None:
+        for index, (dims, number) in enumerate(zip(self.embed_dims, self.num_taps)):
+            shapes = [tuple(tap.shape) for tap in taps[index]]
+            end = tuple(ends[index][0].shape) if ends[index] else None
+            if end is None or end[-1] != dims or shapes != [end] * number:
+                raise ValueError(
+                    f'taps[{index}] should give {number} taps and an end of {dims} channels and one size; as tokens '
+                    f'(B, H * W, C), the taps were {shapes} and the end {end}'
+                )
 
     def run_stage(self, index: int, recorded: Recorded, size: Size, visit: Callable[[Tensor], None]) -> Recorded:
         for tap in recorded.taps[index]:

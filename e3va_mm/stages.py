@@ -57,6 +57,8 @@ class Stages(ABC):
 
     def branches(self, block: nn.Module) -> list[nn.Module]:
         """Modules whose outputs the block adds to the residual stream, in the order of execution."""
+        if not hasattr(block, 'drop_path1'):
+            raise ValueError(f'{type(block).__name__} has not the two residual branches that blocks of its family have')
         return [block.drop_path1, block.drop_path2]
 
     def arrange(self, branch: nn.Module, output: Tensor, size: Size) -> Tensor:

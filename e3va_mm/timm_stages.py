@@ -97,7 +97,20 @@ class PVTStages(TIMMStages):
         return copy.deepcopy(self.model.stages[stage].norm)
 
 
-class ConvNeXtStages(TIMMStages):
+class ConvolutionStages(TIMMStages):
+    """What families whose blocks read (B, C, H, W), with one residual branch each, have in common."""
+
+    def run_block(self, block: nn.Module, tokens: Tensor, size: Size) -> Tensor:
+        return from_nchw(block(to_nchw(tokens, size)))[0]
+
+    def branches(self, block: nn.Module) -> list[nn.Module]:
+        return [block.drop_path]
+
+    def arrange(self, branch: nn.Module, output: Tensor, size: Size) -> Tensor:
+        return from_nchw(output)[0]
+
+
+class ConvNeXtStages(ConvolutionStages):
     """ConvNeXt and V2 (arXiv 2201.03545, 2301.00808)."""
 
     unused = ('norm_pre', 'head')
@@ -111,17 +124,8 @@ class ConvNeXtStages(TIMMStages):
     def advance(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         return from_nchw(self.model.stages[stage + 1].downsample(to_nchw(tokens, size)))
 
-    def run_block(self, block: nn.Module, tokens: Tensor, size: Size) -> Tensor:
-        return from_nchw(block(to_nchw(tokens, size)))[0]
 
-    def branches(self, block: nn.Module) -> list[nn.Module]:
-        return [block.drop_path]
-
-    def arrange(self, branch: nn.Module, output: Tensor, size: Size) -> Tensor:
-        return from_nchw(output)[0]
-
-
-class InvertedResidualStages(TIMMStages):
+class InvertedResidualStages(ConvolutionStages):
     """EfficientNet (arXiv 1905.11946) and MobileNet V2 and V3 (arXiv 1801.04381, 1905.02244).
 
     A stage is a group of timm's ``blocks`` from stride 4 on. It begins with a block without skip connection, which
@@ -136,6 +140,9 @@ class InvertedResidualStages(TIMMStages):
         self.stem, self.groups = model.blocks[: ends[2]], list(model.blocks[ends[2] :])
         self.entrances = [[block for block in group if not block.has_skip] for group in self.groups]
         self.blocks = [[block for block in group if block.has_skip] for group in self.groups]
+        for number, group in enumerate(self.groups):
+            if [*self.entrances[number], *self.blocks[number]] != list(group):
+                raise ValueError(f'blocks.{number + ends[2]} has a block without skip connection behind one with it')
         self.embed_dims = [group[-1].feature_info('bottleneck')['num_chs'] for group in self.groups]
         self.levels = [stage - 1 - ends[2] for reduction, stage in ends.items() if reduction > 2]
 
@@ -152,15 +159,6 @@ class InvertedResidualStages(TIMMStages):
 
     def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size) -> Tensor:
         return pool_and_pad(tokens, size, next_size, self.embed_dims[stage + 1])
-
-    def run_block(self, block: nn.Module, tokens: Tensor, size: Size) -> Tensor:
-        return from_nchw(block(to_nchw(tokens, size)))[0]
-
-    def branches(self, block: nn.Module) -> list[nn.Module]:
-        return [block.drop_path]
-
-    def arrange(self, branch: nn.Module, output: Tensor, size: Size) -> Tensor:
-        return from_nchw(output)[0]
 
     def convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if '_conv_stem.weight' not in weights:
@@ -287,8 +285,9 @@ def _resample_nhwc(table: Tensor, size: Size) -> Tensor:
 
 
 # timm's modules, by the name of their file.
-TIMM_FAMILIES: dict[str, type[Stages]] = {
+TIMM_FAMILIES: dict[str, type[TIMMStages]] = {
     'convnext': ConvNeXtStages,
+    'deit': ViTStages,
     'efficientnet': InvertedResidualStages,
     'eva': EvaStages,
     'mobilenetv3': InvertedResidualStages,

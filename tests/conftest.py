@@ -35,6 +35,7 @@ TIMM_MODELS = {
     'vit_large_patch14_dinov2': dict(VIT, init_values=0.5),
     'vit_large_patch14_reg4_dinov2': dict(VIT, init_values=0.5),
     'vit_base_patch16_clip_224': VIT,
+    'deit_tiny_distilled_patch16_224': VIT,
     'eva02_large_patch14_224': VIT,
     'vit_large_patch16_dinov3': VIT,
     'samvit_base_patch16': dict(VIT, window_size=3, global_attn_indexes=(1, 3), img_size=64),

@@ -90,6 +90,11 @@ def test_an_averaged_copy_runs_its_own_modules():
     assert (clone(images())[0] - before[0]).abs().max() > 1e-3
 
 
+def test_blocks_of_another_kind():
+    with pytest.raises(ValueError, match='ParallelScalingBlock has not the two residual branches'):
+        e3va(dict(type='TIMMFeatures', model_name='vit_base_patch16_xp_224', embed_dim=32, depth=4, num_heads=2))
+
+
 def test_compilation_is_for_swin():
     with pytest.raises(ValueError, match='compile_frozen=True is for SwinTransformer only'):
         e3va(timm_features(), compile_frozen=True)
@@ -149,6 +154,17 @@ def test_taps_from_the_config():
         assert parameter.requires_grad == name.startswith(('highway.', 'backbone.e3va_norm')), name
         assert (parameter.grad is not None) == parameter.requires_grad, name
     assert model.taps.num_taps == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    'change',
+    [dict(dims=32), dict(end='layer2'), dict(taps=['layer1.0.bn2', 'layer2.0.bn2'])],
+    ids=['channels', 'another size', 'a tap of another stage'],
+)
+def test_taps_in_the_config_that_do_not_fit(change):
+    model = e3va(RESNET, taps=[{**RESNET_TAPS[0], **change}])
+    with pytest.raises(ValueError, match=r'taps\[0\] should give 2 taps and an end of'):
+        model(images())
 
 
 ANYWHERE = [dict(type=name) for name in ('Full', 'Frozen', 'BitFit', 'NormTuning', 'Partial')]

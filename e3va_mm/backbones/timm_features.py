@@ -22,7 +22,7 @@ class TIMMFeatures(BaseModule):
 
     Hierarchical models return one map a stride (4, 8, 16, 32), plain ViTs one each after a quarter, half, three
     quarters and all of their depth, at the stride of a patch (see :class:`~e3va_mm.timm_stages.ViTStages`); put
-    :class:`~e3va_mm.backbones.pyramid.SimpleFeaturePyramid` on top of these.
+    :class:`~e3va_mm.necks.SimpleFeaturePyramid` on top of these.
 
     Args:
         model_name: as timm lists it, of a family in :mod:`e3va_mm.timm_stages`.
