@@ -63,6 +63,17 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 
+def close_process_group() -> None:
+    """Ends the process group of a distributed run, once all ranks are here; call it when the work is done.
+
+    Left to the interpreter's exit, gloo's threads are at times torn down while they run, which aborts the process and
+    turns a good run into a failed one.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def enable_amp(config: Config) -> None:
     """Switches the optimizer wrapper to AMP; its dtype (fp16 by default) is ``optim_wrapper.dtype``.
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,7 +163,9 @@ def test_accumulation_ema_and_checkpointed_heads(seg_config, tmp_path):
 
 def test_two_processes(seg_config, tmp_path, request):
     """DDP over gloo on the CPU, without find_unused_parameters; every rank ends with the same parameters."""
-    port = str(29500 + os.getpid() % 2000)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
     options = ['model.decode_head.norm_cfg.type=BN', 'model.auxiliary_head.norm_cfg.type=BN']
     command = ['bash', 'tools/dist_train.sh', seg_config, '2', '--work-dir', tmp_path, '--cfg-options', *options]
     environment = {**os.environ, 'PORT': port, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}

@@ -7,7 +7,15 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from e3va_mm.checkpoints import latest_checkpoint, read_checkpoint
-from e3va_mm.launch import add_common_arguments, build_runner, check_data, enable_amp, load_config, run_float32_ops
+from e3va_mm.launch import (
+    add_common_arguments,
+    build_runner,
+    check_data,
+    close_process_group,
+    enable_amp,
+    load_config,
+    run_float32_ops,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,6 +64,7 @@ def main() -> None:
     if config.get('load_from') and '://' not in config.load_from:
         read_checkpoint(config.load_from)  # Says clearly what is wrong with it before anything is built.
     build_runner(config).train()
+    close_process_group()
 
 
 if __name__ == '__main__':
