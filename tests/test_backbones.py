@@ -7,6 +7,7 @@ from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
 from e3va_mm import tap_record
+from e3va_mm.backbones import e3va as e3va_module
 
 SIZES = [(64, 64), (37, 91), (1, 5)]
 OPTIONS = [
@@ -16,6 +17,8 @@ OPTIONS = [
     dict(saved_dtype='float8_e4m3fn', saved_fraction=0.25),
     dict(recompute_taps=True, frozen_dtype='bfloat16'),
     dict(adapter=dict(mixing=3)),
+    dict(mixer=dict(width=4, depth=2)),
+    dict(mixer=dict(), saved_dtype='bfloat16', frozen_dtype='bfloat16'),
 ]
 
 
@@ -192,6 +195,48 @@ def test_mixing_starts_silent_and_lets_tokens_see_one_another():
     assert not torch.allclose(before, model(images)[0])
 
 
+@pytest.mark.parametrize('size', SIZES)
+def test_mixers_start_silent(size):
+    model, images = e3va(mixer=dict(width=8, depth=2)), torch.randn(1, 3, *size)
+    for output, stock in zip(model(images), outputs_of_stock(model, images)):
+        torch.testing.assert_close(output, stock, rtol=0, atol=1e-5)
+
+
+def test_mixed_state_goes_on_to_the_next_stage():
+    """What the last mixer of stage 0 adds shows in all outputs, and the adapters before it learn through it."""
+    model, images = stir(e3va(mixer=dict(width=8))), torch.randn(1, 3, 64, 64)
+    before = model(images)
+    with torch.no_grad():
+        model.mixers[0][-1].up.bias.add_(1)
+    assert all(not torch.allclose(one, other) for one, other in zip(before, model(images)))
+
+
+def test_gradients_of_mixers_are_those_of_plain_autograd(monkeypatch):
+    model, images = stir(e3va(mixer=dict(width=4, depth=2))).double(), torch.randn(1, 3, 50, 70).double()
+
+    def gradients():
+        model.zero_grad()
+        sum(output.square().mean() for output in model(images)).backward()
+        return [parameter.grad for parameter in model.adapter_parameters().values()]
+
+    fast = gradients()
+    monkeypatch.setattr(e3va_module.Recomputed, 'apply', lambda function, limit, state, *parameters: function(state))
+    for one, other in zip(fast, gradients()):
+        torch.testing.assert_close(one, other)
+
+
+def test_mixers_keep_nothing_more_for_the_backward_pass():
+    plain, mixing = (saved_bytes(e3va(**options), torch.randn(2, 3, 64, 64)) for options in ({}, dict(mixer=dict())))
+    assert mixing == plain
+
+
+def test_parameter_count_with_mixers():
+    """1.5 % of Swin-B's 86.75 M: 67 C + 2784 more a stage."""
+    backbone = swin(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone, mixer=dict()))
+    assert sum(parameter.numel() for parameter in model.adapter_parameters().values()) == 1_337_088
+
+
 def test_recomputed_taps_give_the_same_gradients():
     images = torch.randn(2, 3, 50, 70)
     kept, recomputed = stir(e3va()), stir(e3va(recompute_taps=True))
@@ -294,6 +339,12 @@ def test_frozen_method():
         (dict(adapter=dict(rank=0)), ValueError, 'adapter.rank .* got 0'),
         (dict(adapter=dict(rank=-1)), ValueError, 'adapter.rank .* got -1'),
         (dict(adapter=dict(rnak=8)), ValueError, r"unknown option \['rnak'\].*known are \['rank'"),
+        (dict(adapter=8), ValueError, 'adapter must be a dict .* got 8'),
+        (dict(mixer=dict(widht=8)), ValueError, r"unknown option \['widht'\] in mixer.*known are \['width'"),
+        (dict(mixer=True), ValueError, 'mixer must be a dict .* got True'),
+        (dict(mixer=dict(width=0)), ValueError, 'mixer.width .* got 0'),
+        (dict(mixer=dict(depth=0)), ValueError, 'mixer.depth .* got 0'),
+        (dict(mixer=dict(kernel_sizes=(3, 4))), ValueError, r'mixer.kernel_sizes .* got \(3, 4\)'),
         (dict(frozen_dtype='int8'), ValueError, "frozen_dtype must be one of .* got 'int8'"),
         (dict(saved_dtype='float4'), ValueError, "saved_dtype must be one of .* got 'float4'"),
         (dict(saved_fraction=0), ValueError, 'saved_fraction must be a number above 0 and at most 1, got 0'),

@@ -113,6 +113,7 @@ def test_options_that_taps_from_the_config_do_not_have(option):
         dict(saved_dtype='float8_e4m3fn', saved_fraction=0.5),
         dict(recompute_taps=True),
         dict(adapter=dict(mixing=3)),
+        dict(mixer=dict(width=8)),
         dict(adapter=dict(basis='pca')),
     ],
     ids=str,

@@ -9,6 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..highway import Recomputed, StageHighway
+from ..mixer import build_mixers
 from ..tap_record import TapStorage
 from ..taps import Size, StageStart
 from .base import FrozenBackbone, parse_dtype
@@ -19,6 +20,7 @@ _SAVED_DTYPES = {
     'float8_e4m3fn': getattr(torch, 'float8_e4m3fn', None),
 }
 _ADAPTER_OPTIONS = ('rank', 'branches', 'hidden_ratio', 'basis', 'mixing')
+_MIXER_OPTIONS = ('width', 'kernel_sizes', 'depth')
 
 
 @MODELS.register_module()
@@ -44,6 +46,9 @@ class E3VABackbone(FrozenBackbone):
         compile_frozen: run the frozen blocks through ``torch.compile``: for training at one fixed image size.
         init: 'zero' starts exactly at the frozen backbone; 'kaiming' draws all factors.
         init_cfg, taps: see :class:`FrozenBackbone`.
+        mixer: an extension of the paper: at the end of each stage with taps the highway's state goes through ``depth``
+            (1) bottlenecks of ``width`` (32) with depthwise convolutions of ``kernel_sizes`` ((3, 5, 7)), see
+            :class:`~e3va_mm.mixer.StateMixer`. ``dict()`` takes the defaults; None has none.
 
     Raises:
         ValueError: an option is unknown or outside its range.
@@ -62,18 +67,24 @@ class E3VABackbone(FrozenBackbone):
         init: str = 'zero',
         init_cfg: dict | None = None,
         taps: list[dict] | None = None,
+        mixer: dict | None = None,
     ) -> None:
         if taps and (recompute_taps or compile_frozen):
             raise ValueError('recompute_taps and compile_frozen need a listed family, not taps from the config')
         super().__init__(backbone, frozen_dtype, init_cfg, compile_frozen, taps)
-        _check_option_names(adapter or {})
+        _check_option_names('adapter', adapter, _ADAPTER_OPTIONS)
+        _check_option_names('mixer', mixer, _MIXER_OPTIONS)
         storage = TapStorage(_parse_saved_dtype(saved_dtype), _parse_fraction(saved_fraction), recompute_taps)
         # The state's rounding reaches the gradients of all earlier stages: 8 bits would be too few.
         self.state_dtype = torch.bfloat16 if saved_dtype else None
         options = dict(adapter or {}, init=init, storage=storage)
-        stages = zip(self.taps.num_taps, self.taps.embed_dims)
+        stages = list(zip(self.taps.num_taps, self.taps.embed_dims))
         self.highway = nn.ModuleList(
             StageHighway(num_taps, dims, **options) if num_taps else nn.Identity() for num_taps, dims in stages
+        )
+        self.mixers = nn.ModuleList(
+            build_mixers(dims, **mixer) if num_taps and mixer is not None else nn.ModuleList()
+            for num_taps, dims in stages
         )
         norms = (self.backbone.get_submodule(name) for name in self.taps.norm_names)
         self.norms = dict(zip(self.taps.out_indices, norms))
@@ -86,8 +97,9 @@ class E3VABackbone(FrozenBackbone):
         )
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapters' parameters by name; with the output norms, all that is trained here."""
-        return {f'highway.{name}': parameter for name, parameter in self.highway.named_parameters()}
+        """The highway's parameters by name (the mixers' included); with the output norms, all that is trained here."""
+        parts = {'highway': self.highway, 'mixers': self.mixers}
+        return {f'{part}.{name}': value for part, module in parts.items() for name, value in module.named_parameters()}
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Feature maps of the highway.
@@ -147,14 +159,16 @@ class E3VABackbone(FrozenBackbone):
         self, index: int, tokens: Tensor, offset: Tensor | None, size: Size, following: StageStart | None
     ) -> tuple[Tensor, ...]:
         """The stage's output (if it has one) and the highway's state at the start of the next (if there is one)."""
-        norm, dtype = self.norms.get(index), tokens.dtype
+        norm, mixers, dtype = self.norms.get(index), self.mixers[index], tokens.dtype
 
         def finish(state: Tensor) -> tuple[Tensor, ...]:
+            for mixer in mixers:
+                state = mixer(state, size)
             outputs = () if norm is None else (self._output(norm, state, dtype, size),)
             return (*outputs, self.taps.carry(index, state, size, following.size)) if following else outputs
 
-        # Output norm and downsampling are cheap and read the same state, so one copy of it serves both.
-        parameters = () if norm is None else tuple(norm.parameters())
+        # Mixers, output norm and downsampling are cheap and start from the same state, so one copy of it serves all.
+        parameters = (*mixers.parameters(), *(() if norm is None else norm.parameters()))
         return Recomputed.apply(finish, self.state_dtype, _add(tokens, offset), *parameters)
 
     def _output(self, norm: nn.Module, state: Tensor, dtype: torch.dtype, size: Size) -> Tensor:
@@ -169,10 +183,12 @@ def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one + other
 
 
-def _check_option_names(adapter: dict) -> None:
-    unknown = sorted(set(adapter) - set(_ADAPTER_OPTIONS))
+def _check_option_names(name: str, given: dict | None, known: tuple[str, ...]) -> None:
+    if not isinstance(given, (dict, type(None))):
+        raise ValueError(f'{name} must be a dict with options of {list(known)}, or None, got {given!r}')
+    unknown = sorted(set(given or {}) - set(known))
     if unknown:
-        raise ValueError(f'unknown option {unknown} in adapter={dict(adapter)}; known are {list(_ADAPTER_OPTIONS)}')
+        raise ValueError(f'unknown option {unknown} in {name}={dict(given)}; known are {list(known)}')
 
 
 def _parse_saved_dtype(saved_dtype: str | None) -> torch.dtype | None:

@@ -24,7 +24,7 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     """Trainable and frozen parameters by part.
 
     Returns:
-        ``{part: {'trainable': n, 'frozen': n}}`` for the parts backbone, highway (the adapters), neck and head.
+        ``{part: {'trainable': n, 'frozen': n}}`` for the parts backbone, highway (adapters and mixers), neck and head.
     """
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
@@ -35,7 +35,7 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
 
 def _part_of(name: str) -> str:
     top, _, rest = name.partition('.')
-    if top == 'backbone' and rest.startswith('highway.'):
+    if top == 'backbone' and rest.startswith(('highway.', 'mixers.')):
         return 'highway'
     return top if top in ('backbone', 'neck') else 'head'
 
