@@ -11,6 +11,19 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 
+class MultiScaleDepthwise(nn.Module):
+    """The mean of depthwise convolutions of several (odd) sizes, (B, width, H, W) to the same shape."""
+
+    def __init__(self, width: int, kernel_sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, width, size, padding=size // 2, groups=width) for size in kernel_sizes
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        return sum(conv(image) for conv in self.convs) / len(self.convs)
+
+
 class StateMixer(nn.Module):
     """``h + gelu(u + mean_k conv_k(u)) W_up + b_up`` with ``u = norm(h) W_down + b_down``; silent at the start.
 
@@ -35,9 +48,7 @@ class StateMixer(nn.Module):
             raise ValueError(f'mixer.kernel_sizes must be a list of odd integers, got {kernel_sizes!r}')
         self.norm = nn.LayerNorm(embed_dims)
         self.down = nn.Linear(embed_dims, width)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(width, width, size, padding=size // 2, groups=width) for size in kernel_sizes
-        )
+        self.filter = MultiScaleDepthwise(width, kernel_sizes)
         self.up = nn.Linear(width, embed_dims)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
@@ -50,8 +61,7 @@ class StateMixer(nn.Module):
             size: their height H and width W.
         """
         reduced = self.down(self.norm(state))
-        image = reduced.transpose(1, 2).unflatten(2, size)
-        mixed = sum(conv(image) for conv in self.convs) / len(self.convs)
+        mixed = self.filter(reduced.transpose(1, 2).unflatten(2, size))
         active = nn.functional.gelu(reduced + mixed.flatten(2).transpose(1, 2))
         return state + self.up(active).to(state.dtype)
 

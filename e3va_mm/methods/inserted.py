@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..highway import StageHighway
+from ..mixer import MultiScaleDepthwise
 from ..taps import BlockSites, Size, SwinTaps
 from .base import Method, check_positive
 
@@ -204,15 +205,13 @@ class _MonaAdapter(nn.Module):
         self.norm_scale = nn.Parameter(torch.full((embed_dims,), 1e-6))
         self.skip_scale = nn.Parameter(torch.ones(embed_dims))
         self.bottleneck = Bottleneck(embed_dims, width)
-        self.filters = nn.ModuleList(
-            nn.Conv2d(width, width, size, padding=size // 2, groups=width) for size in kernel_sizes
-        )
+        self.filter = MultiScaleDepthwise(width, kernel_sizes)
         self.pointwise = nn.Conv2d(width, width, 1)
 
     def forward(self, tokens: Tensor, size: Size) -> Tensor:
         """tokens (B, L, C) of height and width ``size`` -> what is added to them."""
         scaled = self.norm(tokens) * self.norm_scale + tokens * self.skip_scale
         reduced = self.bottleneck.down(scaled).transpose(1, 2).unflatten(2, tuple(size))
-        reduced = reduced + sum(conv(reduced) for conv in self.filters) / len(self.filters)
+        reduced = reduced + self.filter(reduced)
         reduced = reduced + self.pointwise(reduced)
         return self.bottleneck.up(F.gelu(reduced.flatten(2).transpose(1, 2)))
