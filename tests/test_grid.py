@@ -1,14 +1,19 @@
 """Which trainings a grid consists of, and what is made of their results."""
 
+import argparse
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 sys.path.insert(0, str(ROOT / 'tools'))
+import held_out
 import method_specs
 import run_grid
 import summarize
@@ -91,3 +96,72 @@ def test_other_backbones_have_rows_of_their_own():
     }
     rows = summarize.summarize({'runs': runs}).splitlines()[2:]
     assert [row.split('|')[1].strip() for row in rows] == ['camvid', 'camvid, vit-tiny', 'camvid, efficientnet-lite0']
+
+
+@pytest.fixture()
+def data_copy(shapes, tmp_path):
+    """The generated set in a folder that may be written to, also in VOC's layout: lists and empty annotations."""
+    copy = shutil.copytree(shapes, tmp_path / 'data')
+    names = sorted(path.stem for path in (copy / 'images/train').iterdir())
+    (copy / 'names.txt').write_text('\n'.join(names))
+    for name in names:
+        target = copy / f'VOC2007/Annotations/{name}.xml'
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text('<annotation><size><width>96</width><height>96</height></size></annotation>')
+    return copy
+
+
+@pytest.mark.parametrize('dataset', ['shapes-seg', 'shapes-det', 'bccd'])
+def test_held_out_images_are_not_trained_on(dataset, data_copy):
+    config = Config.fromfile(ROOT / run_grid.DATASETS[dataset].format('e3va-swin-nano'))
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.dataset.data_root = f'{data_copy}/'
+    if dataset == 'bccd':
+        config.train_dataloader.dataset.ann_file = 'names.txt'
+        config.train_dataloader.dataset.filter_cfg = None
+    config.dump(data_copy / 'config.py')
+    config.merge_from_dict(dict(option.split('=', 1) for option in held_out.hold_out(data_copy / 'config.py')))
+    init_default_scope(config.default_scope)
+    train, val = (
+        {Path(info['img_path']).stem for info in map(part.get_data_info, range(len(part)))}
+        for part in (DATASETS.build(config[loader].dataset) for loader in ('train_dataloader', 'val_dataloader'))
+    )
+    names = {path.stem for path in (data_copy / 'images/train').iterdir()}
+    assert not train & val and len(val) == len(names) - len(names) * 4 // 5
+    assert train | val <= names and val == set(sorted(names)[-len(val) :])
+
+
+def test_holding_out_what_is_not_there(tmp_path):
+    (tmp_path / 'config.py').write_text(
+        "train_dataloader = dict(dataset=dict(type='CocoDataset', data_root='nowhere'))"
+    )
+    with pytest.raises(FileNotFoundError, match="data_root='nowhere'"):
+        held_out.hold_out(tmp_path / 'config.py')
+
+
+def rates_file(path):
+    values = {('frozen', 1e-3): [40, 42], ('frozen', 3e-3): [43, 37], ('e3va', 1e-3): [30], ('e3va', 3e-3): [31]}
+    runs = [
+        {**result(method, value), 'learning_rate': rate} for (method, rate), means in values.items() for value in means
+    ]
+    path.write_text(json.dumps({'runs': dict(enumerate(runs))}))
+    return path
+
+
+def grid_args(**overrides):
+    options = dict(datasets=['shapes-seg'], backbones=['swin-nano'], methods=['frozen', 'e3va'], seeds=[0, 1])
+    flags = dict(train_args=[], cfg_options=[], learning_rates=None, rates_from=None, held_out=False)
+    return argparse.Namespace(**{**options, **flags, **overrides})
+
+
+def test_grid_of_learning_rates():
+    names = [run.name for run in run_grid.plan(grid_args(learning_rates=[1e-3, 3e-3], methods=['e3va+mixer']))]
+    stem = 'e3va-swin-nano_upernet_1xb8-600_shapes-96x96_e3va+mixer'
+    assert names == [f'{stem}_lr{rate}_seed{seed}' for seed in (0, 1) for rate in (0.001, 0.003)]
+
+
+def test_best_rates_are_used(tmp_path):
+    runs = run_grid.plan(grid_args(rates_from=rates_file(tmp_path / 'rates.json')))
+    assert [(run.method, run.learning_rate) for run in runs] == [('frozen', 1e-3), ('e3va', 3e-3)] * 2
+    with pytest.raises(SystemExit, match='no rate for mona on shapes-96x96'):
+        run_grid.plan(grid_args(rates_from=tmp_path / 'rates.json', methods=['mona']))

@@ -15,19 +15,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Run(NamedTuple):
-    """One training: a config, the name of its method, a seed, and what is passed on to ``tools/train.py``."""
+    """One training: a config, the name of its method, a seed, and what is passed on to ``tools/train.py``.
+
+    ``learning_rate`` is None for the config's own.
+    """
 
     config: str
     method: str
     seed: int = 0
     train_args: tuple[str, ...] = ()
     cfg_options: tuple[str, ...] = ()
+    learning_rate: float | None = None
 
     @property
     def name(self) -> str:
         # Methods that have configs of their own are named by these.
         variant = '' if self.method in ('full', 'frozen', 'e3va') else f'_{self.method}'
-        return f'{Path(self.config).stem}{variant}_seed{self.seed}'
+        rate = '' if self.learning_rate is None else f'_lr{self.learning_rate:g}'
+        return f'{Path(self.config).stem}{variant}{rate}_seed{self.seed}'
 
 
 def run_all(
@@ -70,13 +75,17 @@ def run_one(run: Run, work_dir: Path) -> dict:
         return json.loads(result.read_text())
     work_dir.mkdir(parents=True, exist_ok=True)
     command = ['tools/train.py', run.config, '--work-dir', str(work_dir), '--resume', *run.train_args]
-    call_tool([*command, '--cfg-options', f'randomness.seed={run.seed}', *run.cfg_options], work_dir / 'train.log')
+    options = [f'randomness.seed={run.seed}', *run.cfg_options]
+    if run.learning_rate is not None:
+        options.append(f'optim_wrapper.optimizer.lr={run.learning_rate:g}')
+    call_tool([*command, '--cfg-options', *options], work_dir / 'train.log')
     content = {
         'config': run.config,
         'method': run.method,
         'seed': run.seed,
         'train_args': list(run.train_args),
         'cfg_options': list(run.cfg_options),
+        'learning_rate': run.learning_rate,
         'report': json.loads((work_dir / 'run_report.json').read_text()),
     }
     result.write_text(json.dumps(content, indent=2))

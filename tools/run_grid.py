@@ -11,7 +11,9 @@ import threading
 from pathlib import Path
 
 from experiments import ROOT, Run, provenance, run_all
+from held_out import best_rates, hold_out
 from method_specs import METHODS, OPTIONS, cfg_options, config_prefix
+from summarize import dataset_of
 
 DATASETS = {
     'camvid': 'configs/camvid/{}_upernet_1xb8-1500_camvid-352x480.py',
@@ -32,6 +34,17 @@ def parse_args() -> argparse.Namespace:
         '--backbones', nargs='+', choices=BACKBONES, default=['swin-nano'], help='others: not on shapes'
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument(
+        '--learning-rates', nargs='+', type=float, help="run each method at each; default: the config's"
+    )
+    parser.add_argument(
+        '--held-out',
+        action='store_true',
+        help='validate on the last fifth of the training images, to choose by (use an --out of its own)',
+    )
+    parser.add_argument(
+        '--rates-from', metavar='JSON', help="each method's best learning rate in this result of a grid of rates"
+    )
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; step times then include the contention')
     parser.add_argument('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='overrides for all runs, as for tools/train.py')
@@ -45,26 +58,35 @@ def parse_args() -> argparse.Namespace:
 def plan(args: argparse.Namespace) -> list[Run]:
     """Seed by seed, so that an unfinished grid has the same seeds of all methods."""
     flags = tuple(f'--{flag}' for flag in args.train_args)
-    runs = [
-        Run(
-            DATASETS[dataset].format(config_prefix(method) + backbone),
-            method,
-            seed,
-            flags,
-            (*args.cfg_options, *cfg_options(method)),
-        )
-        for seed in args.seeds
-        for dataset, backbone in itertools.product(args.datasets, args.backbones)
-        for method in args.methods
-    ]
+    chosen = best_rates(json.loads(Path(args.rates_from).read_text())) if args.rates_from else {}
+    runs = []
+    for seed, dataset, backbone in itertools.product(args.seeds, args.datasets, args.backbones):
+        for method in args.methods:
+            config = DATASETS[dataset].format(config_prefix(method) + backbone)
+            options = (*args.cfg_options, *cfg_options(method))
+            rates = [_chosen_rate(chosen, config, method)] if args.rates_from else args.learning_rates or [None]
+            runs += [Run(config, method, seed, flags, options, rate) for rate in rates]
     missing = sorted({run.config for run in runs if not (ROOT / run.config).is_file()})
     if missing:
         raise SystemExit(f'there is no config for this data set and backbone: {", ".join(missing)}')
-    return runs
+    return [_held_out(run) for run in runs] if args.held_out else runs
+
+
+def _chosen_rate(chosen: dict[tuple[str, str], float], config: str, method: str) -> float:
+    key = dataset_of(config), method
+    if key not in chosen:
+        raise SystemExit(f'--rates-from has no rate for {method} on {key[0]}; it has {sorted(chosen)}')
+    return chosen[key]
+
+
+def _held_out(run: Run) -> Run:
+    return run._replace(cfg_options=(*run.cfg_options, *hold_out(str(ROOT / run.config))))
 
 
 def main() -> None:
     args = parse_args()
+    if args.learning_rates and args.rates_from:
+        raise SystemExit('--learning-rates and --rates-from exclude one another')
     out = Path(args.out)
     content = json.loads(out.read_text()) if out.is_file() else {'runs': {}}
     lock = threading.Lock()

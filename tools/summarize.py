@@ -29,11 +29,15 @@ def group_runs(content: dict) -> dict[str, dict[str, list[dict]]]:
     names = [name + backbone for name in METRICS for backbone in ('', *(f', {backbone}' for backbone in BACKBONES))]
     groups: dict[str, dict[str, list[dict]]] = {name: {} for name in names}
     for run in content['runs'].values():
-        stem = Path(run['config']).stem
-        dataset = next(name for name in METRICS if stem.split('_')[-1].startswith(name))
-        backbone = next((f', {name}' for name in BACKBONES if name in stem), '')
-        groups[dataset + backbone].setdefault(run['method'], []).append(run)
+        groups[dataset_of(run['config'])].setdefault(run['method'], []).append(run)
     return {dataset: methods for dataset, methods in groups.items() if methods}
+
+
+def dataset_of(config: str) -> str:
+    """The data set's name in the tables, with the backbone's where it is another than Swin-nano."""
+    stem = Path(config).stem
+    dataset = next(name for name in METRICS if stem.split('_')[-1].startswith(name))
+    return dataset + next((f', {name}' for name in BACKBONES if name in stem), '')
 
 
 def metric_of(dataset: str) -> tuple[str, float]:

@@ -1,0 +1,90 @@
+"""Choosing on held-out data: a data set's training part in two, and each method's best learning rate on the second.
+
+The split that is reported must not choose: the last fifth of the training images, in the order of their names (so that
+neighbouring frames of a video stay together), validates what the other four fifths train.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from experiments import ROOT
+from mmengine.config import Config
+from summarize import group_runs, values_of
+
+
+def hold_out(config: str) -> list[str]:
+    """Writes the two parts as annotation files into ``held_out`` in the data set's folder.
+
+    Args:
+        config: path of a config whose training data is a BaseSegDataset, VOCDataset or CocoDataset.
+
+    Returns:
+        Overrides for ``--cfg-options`` that train on the first part and validate on the second.
+
+    Raises:
+        FileNotFoundError: the data are not there.
+    """
+    dataset = Config.fromfile(config).train_dataloader.dataset
+    root = ROOT / dataset.data_root
+    if not root.is_dir():
+        raise FileNotFoundError(f'train_dataloader.dataset.data_root={dataset.data_root!r} of {config} is no folder')
+    (root / 'held_out').mkdir(exist_ok=True)
+    train, val = _WRITERS[dataset.type](dataset, root)
+    options = [f'train_dataloader.dataset.ann_file={train}', f'val_dataloader.dataset.ann_file={val}']
+    options += [f'val_dataloader.dataset.data_prefix.{key}={value}' for key, value in dataset.data_prefix.items()]
+    return (
+        [*options, f'val_evaluator.ann_file={Path(dataset.data_root, val)}']
+        if dataset.type == 'CocoDataset'
+        else options
+    )
+
+
+def best_rates(content: dict) -> dict[tuple[str, str], float]:
+    """``{(data set, method): learning rate}`` of the best mean metric in a result file of run_grid.py."""
+    best = {}
+    for dataset, methods in group_runs(content).items():
+        for method, runs in methods.items():
+            rates = sorted({run['learning_rate'] for run in runs if run.get('learning_rate')})
+            if rates:
+                best[dataset, method] = max(rates, key=lambda rate: _mean(dataset, runs, rate))
+    return best
+
+
+def _mean(dataset: str, runs: list[dict], rate: float) -> float:
+    return statistics.mean(values_of(dataset, [run for run in runs if run.get('learning_rate') == rate]))
+
+
+def _halves(items: list) -> tuple[list, list]:
+    cut = len(items) * 4 // 5
+    return items[:cut], items[cut:]
+
+
+def _write_names(root: Path, names: list[str]) -> list[str]:
+    paths = ['held_out/train.txt', 'held_out/val.txt']
+    for path, part in zip(paths, _halves(sorted(names))):
+        (root / path).write_text('\n'.join(part) + '\n')
+    return paths
+
+
+def _split_folder(dataset: dict, root: Path) -> list[str]:
+    return _write_names(root, [path.stem for path in (root / dataset.data_prefix.img_path).iterdir()])
+
+
+def _split_list(dataset: dict, root: Path) -> list[str]:
+    return _write_names(root, (root / dataset.ann_file).read_text().split())
+
+
+def _split_coco(dataset: dict, root: Path) -> list[str]:
+    content = json.loads((root / dataset.ann_file).read_text())
+    paths = ['held_out/train.json', 'held_out/val.json']
+    for path, images in zip(paths, _halves(sorted(content['images'], key=lambda image: image['file_name']))):
+        ids = {image['id'] for image in images}
+        annotations = [annotation for annotation in content['annotations'] if annotation['image_id'] in ids]
+        (root / path).write_text(json.dumps({**content, 'images': images, 'annotations': annotations}))
+    return paths
+
+
+_WRITERS = {'BaseSegDataset': _split_folder, 'VOCDataset': _split_list, 'CocoDataset': _split_coco}
