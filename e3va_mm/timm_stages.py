@@ -1,4 +1,4 @@
-"""timm's families in stages, see :class:`~e3va_mm.stages.Stages`.
+"""timm's families in stages, see :class:`~e3va_mm.stages.Stages`; Hiera has a file of its own.
 
 =====================  ====================================================  =======================================
 family                 taps                                                  from stage to stage, on the highway
@@ -6,6 +6,7 @@ family                 taps                                                  fro
 Swin, SwinV2           attention and MLP, V2's post-norms included           own patch merging, frozen
 ViT, EVA, SAM          attention and MLP, LayerScale included; patch tokens  as it is: one resolution, four depths
 ConvNeXt               each block, LayerScale included                       own downsampling, frozen
+Hiera                  attention and MLP                                     own norm, projection and pooling, frozen
 PVTv2                  attention and MLP                                     own norm and patch embedding, frozen
 EfficientNet,          each block with a skip connection                     pooling and zero channels, as in ResNet's
 MobileNet V2, V3                                                             option A: their transitions are whole
@@ -63,7 +64,7 @@ class SwinStages(TIMMStages):
         return _bypassed(self.blocks[0][0].attn)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Size]:
-        return _from_nhwc(self.model.patch_embed(_pad_to(images, self.model.patch_embed.patch_size[0])))
+        return _from_nhwc(self.model.patch_embed(pad_to(images, self.model.patch_embed.patch_size[0])))
 
     def advance(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         return _from_nhwc(self.model.layers[stage + 1].downsample(tokens.unflatten(1, size)))
@@ -194,7 +195,7 @@ class ViTStages(TIMMStages):
     def _whole_patches(self, images: Tensor) -> Tensor:
         patch = self.model.patch_embed.patch_size[0]
         stride = 1 << (patch - 1).bit_length()
-        images = _pad_to(images, stride)
+        images = pad_to(images, stride)
         if stride == patch:
             return images
         size = [length // stride * patch for length in images.shape[2:]]
@@ -243,7 +244,7 @@ class SAMStages(ViTStages):
 
     def _position(self, grid: Tensor) -> Tensor:
         if self.model.pos_embed is not None:
-            grid = grid + _resample_nhwc(self.model.pos_embed, grid.shape[1:3])
+            grid = grid + resample_nhwc(self.model.pos_embed, grid.shape[1:3])
         return self.model.norm_pre(grid).flatten(1, 2)
 
     def run_block(self, block: nn.Module, tokens: Tensor, size: Size) -> Tensor:
@@ -268,7 +269,7 @@ def _bypassed(attention: nn.Module) -> tuple[str, ...]:
     return ('qkv',) if adds_bias_itself else ()
 
 
-def _pad_to(images: Tensor, multiple: int) -> Tensor:
+def pad_to(images: Tensor, multiple: int) -> Tensor:
     """Zeros at the bottom and on the right, to multiples in height and width."""
     height, width = (-length % multiple for length in images.shape[2:])
     return F.pad(images, (0, width, 0, height))
@@ -278,22 +279,7 @@ def _from_nhwc(features: Tensor) -> tuple[Tensor, Size]:
     return features.flatten(1, 2), tuple(features.shape[1:3])
 
 
-def _resample_nhwc(table: Tensor, size: Size) -> Tensor:
+def resample_nhwc(table: Tensor, size: Size) -> Tensor:
     from timm.layers import resample_abs_pos_embed_nhwc
 
     return resample_abs_pos_embed_nhwc(table, list(size))
-
-
-# timm's modules, by the name of their file.
-TIMM_FAMILIES: dict[str, type[TIMMStages]] = {
-    'convnext': ConvNeXtStages,
-    'deit': ViTStages,
-    'efficientnet': InvertedResidualStages,
-    'eva': EvaStages,
-    'mobilenetv3': InvertedResidualStages,
-    'pvt_v2': PVTStages,
-    'swin_transformer': SwinStages,
-    'swin_transformer_v2': SwinStages,
-    'vision_transformer': ViTStages,
-    'vision_transformer_sam': SAMStages,
-}

@@ -29,6 +29,7 @@ def swin(scope='mmseg', **overrides) -> dict:
 
 VIT = dict(embed_dim=32, depth=4, num_heads=2)
 SWIN = dict(embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=4, img_size=64)
+HIERA = dict(embed_dim=8, num_heads=1, stages=(1, 2, 1, 1), img_size=64)
 # A tiny model of each of timm's families, by the name of a published one.
 TIMM_MODELS = {
     'vit_tiny_patch16_224': VIT,
@@ -41,6 +42,8 @@ TIMM_MODELS = {
     'samvit_base_patch16': dict(VIT, window_size=3, global_attn_indexes=(1, 3), img_size=64),
     'swin_tiny_patch4_window7_224': SWIN,
     'swinv2_base_window12_192': SWIN,
+    'hiera_tiny_224': HIERA,
+    'hiera_small_abswin_256': HIERA,
     'convnext_base': dict(dims=(8, 12, 16, 24), depths=(2, 2, 2, 2)),
     'convnextv2_atto': dict(dims=(8, 12, 16, 24), depths=(2, 2, 2, 2)),
     'pvt_v2_b0': dict(embed_dims=(8, 12, 16, 24), num_heads=(1, 2, 4, 8)),

@@ -11,7 +11,7 @@ from conftest import TIMM_MODELS, e3va, images, stir, timm_features
 from mmengine.registry import MODELS
 from torch.testing import assert_close
 
-from e3va_mm import timm_stages
+from e3va_mm.backbones.timm_features import TIMM_FAMILIES
 from e3va_mm.taps import SwinTaps, build_taps
 
 MIT = dict(type='mmseg.MixVisionTransformer', embed_dims=8, num_layers=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
@@ -42,15 +42,19 @@ def test_taps_add_up_to_what_a_stage_does(backbone):
     """The highway's formula rests on this: a stage ends at its start plus its taps."""
     taps = e3va(backbone).taps
     tokens, size = taps.embed(images())
+    start = taps.patches(tokens)
     for index in range(taps.num_stages):
         seen = []
         end = taps.run_stage(index, tokens, size, seen.append)
         assert len(seen) == taps.num_taps[index]
-        assert_close(taps.patches(end), sum(seen, taps.patches(tokens)), rtol=1e-4, atol=1e-4)
+        assert_close(taps.patches(end), sum(seen, start), rtol=1e-4, atol=1e-4)
         assert size[0] * size[1] == taps.patches(end).shape[1]
         if index + 1 < taps.num_stages:
             tokens, size, carried = taps.follow(index, end, size)
-            assert carried.shape == taps.patches(tokens).shape
+            assert carried.shape[1] == size[0] * size[1]
+            start = taps.patches(tokens)
+            # Hiera pools in its first block.
+            start = start if start.shape == carried.shape else carried
 
 
 @every_family
@@ -182,8 +186,12 @@ def tuned(backbone, method):
 def test_comparison_methods(backbone):
     torch.manual_seed(0)
     expected = MODELS.build(backbone).eval()(images())
-    is_transformer = 'patch' in str(backbone) or backbone.get('model_name') == 'pvt_v2_b0'
-    for method in ANYWHERE + TRANSFORMERS * is_transformer:
+    name = str(backbone)
+    pools = 'hiera' in name
+    methods = ANYWHERE + TRANSFORMERS * (pools or 'patch' in name or 'pvt_v2_b0' in name)
+    for method in methods:
+        if pools and method['type'] == 'AdaptFormer':
+            method = dict(method, attention=False)
         model = tuned(backbone, method).train()
         outputs = model(images())
         if method['type'] != 'Full':  # its batch norms and dropout are those of training
@@ -210,6 +218,8 @@ def test_methods_that_need_a_swin(method):
 def test_methods_that_need_attention():
     with pytest.raises(ValueError, match='needs blocks with attn and mlp, and InvertedResidual has not both'):
         tuned(timm_features('mobilenetv2_050'), dict(type='Adapter'))
+    with pytest.raises(ValueError, match='attention=True does not fit HieraBlock, whose attention pools'):
+        tuned(timm_features('hiera_tiny_224'), dict(type='AdaptFormer'))
 
 
 def test_families_of_the_table_are_those_of_the_code():
@@ -219,6 +229,6 @@ def test_families_of_the_table_are_those_of_the_code():
         ),
         SwinTaps,
     )
-    assert set(timm_stages.TIMM_FAMILIES) == {
+    assert set(TIMM_FAMILIES) == {
         timm.models.model_entrypoint(name).__module__.rpartition('.')[2] for name in TIMM_MODELS
     }

@@ -12,8 +12,33 @@ from mmengine.registry import MODELS
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..timm_stages import TIMM_FAMILIES, TIMMStages
+from ..hiera_stages import HieraStages
+from ..timm_stages import (
+    ConvNeXtStages,
+    EvaStages,
+    InvertedResidualStages,
+    PVTStages,
+    SAMStages,
+    SwinStages,
+    TIMMStages,
+    ViTStages,
+)
 from .base_weights import CheckpointMismatchError, describe_missing
+
+# timm's modules, by the name of their file.
+TIMM_FAMILIES: dict[str, type[TIMMStages]] = {
+    'convnext': ConvNeXtStages,
+    'deit': ViTStages,
+    'efficientnet': InvertedResidualStages,
+    'eva': EvaStages,
+    'hiera': HieraStages,
+    'mobilenetv3': InvertedResidualStages,
+    'pvt_v2': PVTStages,
+    'swin_transformer': SwinStages,
+    'swin_transformer_v2': SwinStages,
+    'vision_transformer': ViTStages,
+    'vision_transformer_sam': SAMStages,
+}
 
 
 @MODELS.register_module()

@@ -91,6 +91,9 @@ class AdaptFormer(Method):
         width: of the bottleneck.
         scale: the paper's ``s``.
         attention: insert them beside attention too.
+
+    Raises:
+        ValueError: ``attention`` where a block's attention pools, so that nothing of one shape is beside it (Hiera).
     """
 
     def __init__(self, taps: SwinTaps, width: int = 64, scale: float = 0.1, attention: bool = True) -> None:
@@ -98,6 +101,9 @@ class AdaptFormer(Method):
         check_positive('width', width)
         self.inserted = nn.ModuleList()
         for sites in taps.blocks():
+            if attention and getattr(sites.block, 'do_expand', False):
+                name = type(sites.block).__name__
+                raise ValueError(f'method.attention=True does not fit {name}, whose attention pools; set it to False')
             for module in _branches(sites)[0 if attention else 1 :]:
                 self.inserted.append(Bottleneck(sites.embed_dims, width, F.relu, scale))
                 module.register_forward_hook(_Beside(self.inserted[-1]))
