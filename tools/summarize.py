@@ -21,7 +21,7 @@ METRICS = {
     'shapes': ('coco/bbox_mAP', 100),
 }
 NAMES = {'frozen': 'frozen', 'e3va': 'E³VA', 'full': 'full'}
-MARKERS = 'osD^vPX*<>dhp8'
+MARKERS = 'osD^vPX*<>dpx+1'
 
 
 def group_runs(content: dict) -> dict[str, dict[str, list[dict]]]:
