@@ -84,6 +84,12 @@ def test_table_and_plot(tmp_path):
     assert (tmp_path / 'plot.png').stat().st_size > 5000
 
 
+def test_no_detections_count_as_zero():
+    run = result('e3va', 40, 'configs/shapes/retinanet_e3va-swin-nano_fpn_1xb8-800_shapes.py')
+    run['report']['metrics'] = {}
+    assert '| bbox_mAP 0.0 | 1 |' in summarize.summarize({'runs': {'a': run}})
+
+
 def test_contended_step_times_are_left_out():
     run = {**result('e3va', 40), 'jobs': 2}
     assert '| 100 MiB |  | 2 MiB |' in summarize.summarize({'runs': {'a': run}})
@@ -129,6 +135,13 @@ def test_held_out_images_are_not_trained_on(dataset, data_copy):
     names = {path.stem for path in (data_copy / 'images/train').iterdir()}
     assert not train & val and len(val) == len(names) - len(names) * 4 // 5
     assert train | val <= names and val == set(sorted(names)[-len(val) :])
+
+
+def test_held_out_loads_the_configs_by_itself():
+    """In a process in which nothing else has made `mmseg::` configs loadable."""
+    path = run_grid.DATASETS['shapes-seg'].format('e3va-swin-nano')
+    code = f"import sys; sys.path.insert(0, 'tools'); import held_out; held_out.Config.fromfile('{path}')"
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
 def test_holding_out_what_is_not_there(tmp_path):

@@ -14,6 +14,8 @@ from experiments import ROOT
 from mmengine.config import Config
 from summarize import group_runs, values_of
 
+import e3va_mm  # noqa: F401  (makes configs that derive from `mmseg::` loadable)
+
 
 def hold_out(config: str) -> list[str]:
     """Writes the two parts as annotation files into ``held_out`` in the data set's folder.

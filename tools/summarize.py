@@ -46,7 +46,8 @@ def metric_of(dataset: str) -> tuple[str, float]:
 
 def values_of(dataset: str, runs: list[dict]) -> list[float]:
     metric, scale = metric_of(dataset)
-    return [scale * run['report']['metrics'][metric] for run in runs]
+    # A detector without a single detection gets no metrics at all from mmdet.
+    return [scale * run['report']['metrics'].get(metric, 0.0) for run in runs]
 
 
 def peak_memory(runs: list[dict]) -> float:
