@@ -25,6 +25,7 @@ def test_results_table():
     ('name', 'page', 'file'),
     [
         ('shapes methods', 'docs/methods.md', 'shapes_methods_cpu.json'),
+        ('camvid cpu', 'docs/methods.md', 'camvid_cpu.json'),
         ('backbones cpu', 'docs/backbones.md', 'backbones_cpu.json'),
     ],
 )
