@@ -35,7 +35,7 @@ def test_tables_of_the_docs(name, page, file):
     assert section(name, page) == summarize(json.loads((ROOT / 'results' / file).read_text()))
 
 
-@pytest.mark.parametrize('name', ['benchmark_gpu', 'benchmark_cpu', 'benchmark_cpu_sizes'])
+@pytest.mark.parametrize('name', ['benchmark_gpu', 'benchmark_cpu', 'benchmark_cpu_sizes', 'benchmark_cpu_mixer'])
 def test_performance_tables(name):
     from summarize_benchmark import report
 
