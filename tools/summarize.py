@@ -2,6 +2,7 @@
 """Prints the Markdown table of a result file from tools/run_grid.py: mean ± standard deviation over the seeds."""
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -21,7 +22,7 @@ METRICS = {
     'shapes': ('coco/bbox_mAP', 100),
 }
 NAMES = {'frozen': 'frozen', 'e3va': 'E³VA', 'full': 'full'}
-MARKERS = 'osD^vPX*<>dpx+1'
+MARKERS = 'osD^vPX*<>dph8Hx1'
 
 
 def group_runs(content: dict) -> dict[str, dict[str, list[dict]]]:
@@ -92,13 +93,25 @@ def _row(dataset: str, method: str, runs: list[dict]) -> str:
 def draw(content: dict, target: Path) -> None:
     """Accuracy against training memory, a panel a data set and a point a method."""
     groups = group_runs(content)
+    # A method has the same marker in all panels.
+    items = {method: runs for methods in groups.values() for method, runs in methods.items()}.items()
+    markers = dict(zip((method for method, _ in sorted(items, key=_order)), itertools.cycle(MARKERS)))
     figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4.5), layout='constrained', squeeze=False)
     for axis, (dataset, methods) in zip(axes[0], groups.items()):
-        for marker, (method, runs) in zip(MARKERS, sorted(methods.items(), key=_order)):
+        for method, runs in sorted(methods.items(), key=_order):
             values = values_of(dataset, runs)
             spread = statistics.stdev(values) if len(values) > 1 else 0
-            axis.errorbar(peak_memory(runs), statistics.mean(values), spread, fmt=marker, color='black', capsize=3,
-                          markerfacecolor='white', markersize=8, label=NAMES.get(method, method))  # fmt: skip
+            axis.errorbar(
+                peak_memory(runs),
+                statistics.mean(values),
+                spread,
+                fmt=markers[method],
+                label=NAMES.get(method, method),
+                markerfacecolor='black' if method == 'full' else 'white',
+                color='black',
+                markersize=8,
+                capsize=3,
+            )
         axis.set_title(dataset)
         axis.set_xlabel(f'peak memory in training (MiB, {runs[0]["report"]["peak_memory_kind"]})')
         axis.set_ylabel(f'{metric_of(dataset)[0].split("/")[-1]} (%)')
