@@ -7,7 +7,7 @@ from copy import deepcopy
 from mmengine.config import Config, ConfigDict
 
 from e3va_mm.checkpoints import read_checkpoint
-from e3va_mm.launch import add_common_arguments, build_runner, check_data, close_process_group, load_config
+from e3va_mm.launch import add_common_arguments, build_runner, check_data, end_distributed_run, load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,7 +85,7 @@ def main() -> None:
     if args.out and is_detection:
         dump_detections(runner, args.out)
     runner.test()
-    close_process_group()
+    end_distributed_run()
 
 
 if __name__ == '__main__':

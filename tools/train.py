@@ -11,8 +11,8 @@ from e3va_mm.launch import (
     add_common_arguments,
     build_runner,
     check_data,
-    close_process_group,
     enable_amp,
+    end_distributed_run,
     load_config,
     run_float32_ops,
 )
@@ -64,7 +64,7 @@ def main() -> None:
     if config.get('load_from') and '://' not in config.load_from:
         read_checkpoint(config.load_from)  # Says clearly what is wrong with it before anything is built.
     build_runner(config).train()
-    close_process_group()
+    end_distributed_run()
 
 
 if __name__ == '__main__':
