@@ -72,6 +72,18 @@ def e3va(backbone=None, **options):
     return model
 
 
+def saved_bytes(model, images) -> int:
+    """Bytes that a forward pass keeps for the backward pass, the weights not counted."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    kept = {}
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
+    )
+    with hooks:
+        model(images)
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in owned)
+
+
 def stir(model, scale=0.1):
     """Moves the trained parameters away from their start, where the highway is still silent."""
     with torch.no_grad():

@@ -2,12 +2,11 @@ import copy
 
 import pytest
 import torch
-from conftest import e3va, graph_nodes, stir, swin
+from conftest import e3va, graph_nodes, saved_bytes, stir, swin
 from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
 from e3va_mm import tap_record
-from e3va_mm.backbones import e3va as e3va_module
 
 SIZES = [(64, 64), (37, 91), (1, 5)]
 OPTIONS = [
@@ -159,18 +158,6 @@ def test_backward_costs_less_than_the_frozen_forward():
     assert backward.get_total_flops() < 0.3 * stock.get_total_flops()
 
 
-def saved_bytes(model, images) -> int:
-    """Bytes that a forward pass keeps for the backward pass, the weights not counted."""
-    owned = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    kept = {}
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor), lambda tensor: tensor
-    )
-    with hooks:
-        model(images)
-    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in owned)
-
-
 def test_saves_a_fraction_of_what_full_backpropagation_saves(monkeypatch):
     monkeypatch.setattr(tap_record, '_FEWEST_TOKENS', 1)
     images = torch.randn(1, 3, 112, 112)
@@ -193,48 +180,6 @@ def test_mixing_starts_silent_and_lets_tokens_see_one_another():
     with torch.no_grad():
         model.highway[0].mixing.zero_()
     assert not torch.allclose(before, model(images)[0])
-
-
-@pytest.mark.parametrize('size', SIZES)
-def test_mixers_start_silent(size):
-    model, images = e3va(mixer=dict(width=8, depth=2)), torch.randn(1, 3, *size)
-    for output, stock in zip(model(images), outputs_of_stock(model, images)):
-        torch.testing.assert_close(output, stock, rtol=0, atol=1e-5)
-
-
-def test_mixed_state_goes_on_to_the_next_stage():
-    """What the last mixer of stage 0 adds shows in all outputs, and the adapters before it learn through it."""
-    model, images = stir(e3va(mixer=dict(width=8))), torch.randn(1, 3, 64, 64)
-    before = model(images)
-    with torch.no_grad():
-        model.mixers[0][-1].up.bias.add_(1)
-    assert all(not torch.allclose(one, other) for one, other in zip(before, model(images)))
-
-
-def test_gradients_of_mixers_are_those_of_plain_autograd(monkeypatch):
-    model, images = stir(e3va(mixer=dict(width=4, depth=2))).double(), torch.randn(1, 3, 50, 70).double()
-
-    def gradients():
-        model.zero_grad()
-        sum(output.square().mean() for output in model(images)).backward()
-        return [parameter.grad for parameter in model.adapter_parameters().values()]
-
-    fast = gradients()
-    monkeypatch.setattr(e3va_module.Recomputed, 'apply', lambda function, limit, state, *parameters: function(state))
-    for one, other in zip(fast, gradients()):
-        torch.testing.assert_close(one, other)
-
-
-def test_mixers_keep_nothing_more_for_the_backward_pass():
-    plain, mixing = (saved_bytes(e3va(**options), torch.randn(2, 3, 64, 64)) for options in ({}, dict(mixer=dict())))
-    assert mixing == plain
-
-
-def test_parameter_count_with_mixers():
-    """1.5 % of Swin-B's 86.75 M: 67 C + 2784 more a stage."""
-    backbone = swin(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
-    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone, mixer=dict()))
-    assert sum(parameter.numel() for parameter in model.adapter_parameters().values()) == 1_337_088
 
 
 def test_recomputed_taps_give_the_same_gradients():

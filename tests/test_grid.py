@@ -140,8 +140,12 @@ def test_held_out_images_are_not_trained_on(dataset, data_copy):
 def test_held_out_loads_the_configs_by_itself():
     """In a process in which nothing else has made `mmseg::` configs loadable."""
     path = run_grid.DATASETS['shapes-seg'].format('e3va-swin-nano')
-    code = f"import sys; sys.path.insert(0, 'tools'); import held_out; held_out.Config.fromfile('{path}')"
-    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+    code = (
+        "import sys; sys.path.insert(0, 'tools'); import held_out; "
+        f"print(held_out.Config.fromfile('{path}').train_dataloader.dataset.type)"
+    )
+    call = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert call.stdout.split()[-1:] == ['BaseSegDataset'], call.stderr
 
 
 def test_holding_out_what_is_not_there(tmp_path):

@@ -21,7 +21,8 @@ def hold_out(config: str) -> list[str]:
     """Writes the two parts as annotation files into ``held_out`` in the data set's folder.
 
     Args:
-        config: path of a config whose training data is a BaseSegDataset, VOCDataset or CocoDataset.
+        config: path of a config, in the repository or absolute; its training data are a BaseSegDataset, VOCDataset or
+            CocoDataset.
 
     Returns:
         Overrides for ``--cfg-options`` that train on the first part and validate on the second.
@@ -29,7 +30,7 @@ def hold_out(config: str) -> list[str]:
     Raises:
         FileNotFoundError: the data are not there.
     """
-    dataset = Config.fromfile(config).train_dataloader.dataset
+    dataset = Config.fromfile(ROOT / config).train_dataloader.dataset
     root = ROOT / dataset.data_root
     if not root.is_dir():
         raise FileNotFoundError(f'train_dataloader.dataset.data_root={dataset.data_root!r} of {config} is no folder')
@@ -37,11 +38,9 @@ def hold_out(config: str) -> list[str]:
     train, val = _WRITERS[dataset.type](dataset, root)
     options = [f'train_dataloader.dataset.ann_file={train}', f'val_dataloader.dataset.ann_file={val}']
     options += [f'val_dataloader.dataset.data_prefix.{key}={value}' for key, value in dataset.data_prefix.items()]
-    return (
-        [*options, f'val_evaluator.ann_file={Path(dataset.data_root, val)}']
-        if dataset.type == 'CocoDataset'
-        else options
-    )
+    if dataset.type == 'CocoDataset':
+        options.append(f'val_evaluator.ann_file={Path(dataset.data_root, val)}')
+    return options
 
 
 def best_rates(content: dict) -> dict[tuple[str, str], float]:
@@ -59,14 +58,14 @@ def _mean(dataset: str, runs: list[dict], rate: float) -> float:
     return statistics.mean(values_of(dataset, [run for run in runs if run.get('learning_rate') == rate]))
 
 
-def _halves(items: list) -> tuple[list, list]:
+def _split(items: list) -> tuple[list, list]:
     cut = len(items) * 4 // 5
     return items[:cut], items[cut:]
 
 
 def _write_names(root: Path, names: list[str]) -> list[str]:
     paths = ['held_out/train.txt', 'held_out/val.txt']
-    for path, part in zip(paths, _halves(sorted(names))):
+    for path, part in zip(paths, _split(sorted(names))):
         (root / path).write_text('\n'.join(part) + '\n')
     return paths
 
@@ -82,7 +81,7 @@ def _split_list(dataset: dict, root: Path) -> list[str]:
 def _split_coco(dataset: dict, root: Path) -> list[str]:
     content = json.loads((root / dataset.ann_file).read_text())
     paths = ['held_out/train.json', 'held_out/val.json']
-    for path, images in zip(paths, _halves(sorted(content['images'], key=lambda image: image['file_name']))):
+    for path, images in zip(paths, _split(sorted(content['images'], key=lambda image: image['file_name']))):
         ids = {image['id'] for image in images}
         annotations = [annotation for annotation in content['annotations'] if annotation['image_id'] in ids]
         (root / path).write_text(json.dumps({**content, 'images': images, 'annotations': annotations}))

@@ -69,7 +69,10 @@ def plan(args: argparse.Namespace) -> list[Run]:
     missing = sorted({run.config for run in runs if not (ROOT / run.config).is_file()})
     if missing:
         raise SystemExit(f'there is no config for this data set and backbone: {", ".join(missing)}')
-    return [_held_out(run) for run in runs] if args.held_out else runs
+    if not args.held_out:
+        return runs
+    splits = {config: tuple(hold_out(config)) for config in {run.config for run in runs}}
+    return [run._replace(cfg_options=run.cfg_options + splits[run.config]) for run in runs]
 
 
 def _chosen_rate(chosen: dict[tuple[str, str], float], config: str, method: str) -> float:
@@ -77,10 +80,6 @@ def _chosen_rate(chosen: dict[tuple[str, str], float], config: str, method: str)
     if key not in chosen:
         raise SystemExit(f'--rates-from has no rate for {method} on {key[0]}; it has {sorted(chosen)}')
     return chosen[key]
-
-
-def _held_out(run: Run) -> Run:
-    return run._replace(cfg_options=(*run.cfg_options, *hold_out(str(ROOT / run.config))))
 
 
 def main() -> None:

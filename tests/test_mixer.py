@@ -1,0 +1,69 @@
+"""The mixers of the highway's state."""
+
+import pytest
+import torch
+from conftest import e3va, images, saved_bytes, stir, swin
+from mmengine.registry import MODELS
+
+from e3va_mm.backbones import e3va as e3va_module
+from e3va_mm.mixer import StateMixer
+
+
+def test_equals_its_definition_a_channel_at_a_time():
+    torch.manual_seed(0)
+    mixer, state = stir(StateMixer(6, width=2, kernel_sizes=(1, 3))).double(), torch.randn(1, 20, 6).double()
+    reduced = mixer.down(mixer.norm(state))
+    image = reduced.transpose(1, 2).reshape(2, 4, 5)
+    mixed = torch.zeros_like(image)
+    for conv in mixer.filter.convs:
+        for channel in range(2):
+            padded = torch.nn.functional.pad(image[channel], [conv.padding[0]] * 4)
+            size = conv.kernel_size[0]
+            windows = padded.unfold(0, size, 1).unfold(1, size, 1)
+            mixed[channel] += ((windows * conv.weight[channel, 0]).sum((-2, -1)) + conv.bias[channel]) / 2
+    active = torch.nn.functional.gelu(reduced + mixed.flatten(1).t())
+    torch.testing.assert_close(mixer(state, (4, 5)), state + mixer.up(active))
+
+
+@pytest.mark.parametrize('size', [(64, 64), (37, 91), (1, 5)])
+def test_starts_silent(size):
+    model = e3va(mixer=dict(width=8, depth=2))
+    with torch.no_grad():
+        expected = model.backbone(images(size))
+    for output, stock in zip(model(images(size)), expected):
+        torch.testing.assert_close(output, stock, rtol=0, atol=1e-5)
+
+
+def test_mixed_state_goes_on_to_the_next_stage():
+    """What the mixer of stage 0 adds shows in all outputs."""
+    model = stir(e3va(mixer=dict(width=8)))
+    before = model(images())
+    with torch.no_grad():
+        model.mixers[0][-1].up.bias.add_(1)
+    assert all(not torch.allclose(one, other) for one, other in zip(before, model(images())))
+
+
+def test_gradients_are_those_of_plain_autograd(monkeypatch):
+    model = stir(e3va(mixer=dict(width=4, depth=2))).double()
+
+    def gradients():
+        model.zero_grad()
+        sum(output.square().mean() for output in model(images().double())).backward()
+        return [parameter.grad for parameter in model.adapter_parameters().values()]
+
+    fast = gradients()
+    monkeypatch.setattr(e3va_module.Recomputed, 'apply', lambda function, limit, state, *parameters: function(state))
+    for one, other in zip(fast, gradients()):
+        torch.testing.assert_close(one, other)
+
+
+def test_keeps_nothing_more_for_the_backward_pass():
+    plain, mixing = (saved_bytes(e3va(**options), images()) for options in ({}, dict(mixer=dict())))
+    assert mixing == plain
+
+
+def test_parameter_count():
+    """1.5 % of Swin-B's 86.75 M: 67 C + 2784 more a stage."""
+    backbone = swin(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone, mixer=dict()))
+    assert sum(parameter.numel() for parameter in model.adapter_parameters().values()) == 1_337_088
