@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--repeats', type=int, default=1, help='times that each case is run')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides of all configs')
     parser.add_argument('--profile', action='store_true', help='also list the kernels that take the most time')
-    parser.add_argument('--jobs', type=int, default=1, help='processes that load and build; one at a time measures')
+    parser.add_argument('--jobs', type=int, default=1, help='processes; one measures, others load libraries')
+    parser.add_argument('--time-limit', type=float, default=float('inf'), help='seconds; no case is started after them')
     parser.add_argument('--commit', help='recorded in the results; default: asked of git')
     return parser.parse_args()
 
@@ -101,7 +103,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def run_case(case: dict, lock: str) -> dict:
-    """The measurements of one case, or ``{'error': ...}`` with the end of what the process printed.
+    """The measurements of one case; ``{'error': ...}`` has the end of what the process printed.
 
     Args:
         case: see :func:`plan`.
@@ -128,10 +130,15 @@ def main() -> None:
     missing = [
         name for repeat in range(args.repeats) for name in cases if len(content['cases'][name]['runs']) <= repeat
     ]
-    failed = 0
+    failed, started = 0, time.monotonic()
+
+    def run(name: str) -> dict | None:
+        return None if time.monotonic() - started > args.time_limit else run_case(cases[name], lock.name)
+
     with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(args.jobs) as pool:
-        results = pool.map(lambda name: run_case(cases[name], lock.name), missing)
-        for name, result in zip(missing, results):
+        for name, result in zip(missing, pool.map(run, missing)):
+            if result is None:
+                break
             print(f'{name}: {describe(result)}', flush=True)
             if 'error' in result:
                 failed += 1
