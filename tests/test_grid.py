@@ -45,7 +45,7 @@ def test_a_backbone_without_a_config(capfd):
     command = ['tools/run_grid.py', '--datasets', 'shapes-seg', '--backbones', 'vit-tiny', '--out', 'unused.json']
     with pytest.raises(subprocess.CalledProcessError):
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    assert 'no config for this data set and backbone: configs/shapes/e3va-vit-tiny' in capfd.readouterr().err
+    assert 'no config for this data set and backbone: configs/shapes/frozen-vit-tiny' in capfd.readouterr().err
 
 
 def test_a_method_changes_the_config_it_starts_from():
@@ -97,7 +97,7 @@ def test_contended_step_times_are_left_out():
 
 def test_other_backbones_have_rows_of_their_own():
     runs = {
-        name: result('e3va', 40, f'configs/camvid/e3va-{name}_upernet_1xb8-1500_camvid-352x480.py')
+        name: result('e3va', 40, f'configs/camvid/e3va-{name}_upernet_1xb16-600_camvid-352x480.py')
         for name in run_grid.BACKBONES
     }
     rows = summarize.summarize({'runs': runs}).splitlines()[2:]
@@ -167,7 +167,7 @@ def rates_file(path):
 
 def grid_args(**overrides):
     options = dict(datasets=['shapes-seg'], backbones=['swin-nano'], methods=['frozen', 'e3va'], seeds=[0, 1])
-    flags = dict(train_args=[], cfg_options=[], learning_rates=None, rates_from=None, held_out=False)
+    flags = dict(train_args=[], cfg_options=[], learning_rates=None, rates_from=None, held_out=False, schedule=1)
     return argparse.Namespace(**{**options, **flags, **overrides})
 
 
@@ -175,6 +175,13 @@ def test_grid_of_learning_rates():
     names = [run.name for run in run_grid.plan(grid_args(learning_rates=[1e-3, 3e-3], methods=['e3va+mixer']))]
     stem = 'e3va-swin-nano_upernet_1xb8-600_shapes-96x96_e3va+mixer'
     assert names == [f'{stem}_lr{rate}_seed{seed}' for seed in (0, 1) for rate in (0.001, 0.003)]
+
+
+def test_a_share_of_the_schedule():
+    (run, *_) = run_grid.plan(grid_args(schedule=0.5))
+    config = Config.fromfile(ROOT / run.config)
+    config.merge_from_dict({key: int(value) for key, value in (option.split('=') for option in run.cfg_options)})
+    assert config.train_cfg.max_iters == config.train_cfg.val_interval == config.param_scheduler[1].end == 300
 
 
 def test_best_rates_are_used(tmp_path):

@@ -36,8 +36,6 @@ def main() -> None:
     parser.add_argument('--work-dir', default='work_dirs/demo', help='folder for runs, table and pictures')
     work_dir = ROOT / parser.parse_args().work_dir
     started = time.monotonic()
-    # Two trainings at a time with a core each are faster than one after the other with two.
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
     os.chdir(ROOT)
     print(f'writing the data set to {DATA}', flush=True)
     write_shapes(DATA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -54,8 +55,9 @@ def run_all(
     Raises:
         RuntimeError: a tool failed; the message holds the end of its log.
     """
-
     started = time.monotonic()
+    # Every process would otherwise start a thread on every core.
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // jobs)))
 
     def work(run: Run) -> dict:
         if time.monotonic() - started > time_limit:

@@ -13,12 +13,13 @@ from pathlib import Path
 from experiments import ROOT, Run, provenance, run_all
 from held_out import best_rates, hold_out
 from method_specs import METHODS, OPTIONS, cfg_options, config_prefix
+from mmengine.config import Config
 from summarize import dataset_of
 
 DATASETS = {
-    'camvid': 'configs/camvid/{}_upernet_1xb8-1500_camvid-352x480.py',
-    'bccd': 'configs/bccd/retinanet_{}_fpn_1xb2-800_bccd.py',
-    'nuclei': 'configs/nuclei/mask-rcnn_{}_fpn_1xb2-600_nuclei.py',
+    'camvid': 'configs/camvid/{}_upernet_1xb16-600_camvid-352x480.py',
+    'bccd': 'configs/bccd/retinanet_{}_fpn_1xb8-400_bccd.py',
+    'nuclei': 'configs/nuclei/mask-rcnn_{}_fpn_1xb8-300_nuclei.py',
     'shapes-seg': 'configs/shapes/{}_upernet_1xb8-600_shapes-96x96.py',
     'shapes-det': 'configs/shapes/retinanet_{}_fpn_1xb8-800_shapes.py',
 }
@@ -45,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--rates-from', metavar='JSON', help="each method's best learning rate in this result of a grid of rates"
     )
+    parser.add_argument('--schedule', type=float, default=1.0, help="share of the config's iterations to train for")
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time; step times then include the contention')
     parser.add_argument('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='overrides for all runs, as for tools/train.py')
@@ -63,16 +65,24 @@ def plan(args: argparse.Namespace) -> list[Run]:
     for seed, dataset, backbone in itertools.product(args.seeds, args.datasets, args.backbones):
         for method in args.methods:
             config = DATASETS[dataset].format(config_prefix(method) + backbone)
-            options = (*args.cfg_options, *cfg_options(method))
+            if not (ROOT / config).is_file():
+                raise SystemExit(f'there is no config for this data set and backbone: {config}')
+            options = (*args.cfg_options, *cfg_options(method), *shorten(config, args.schedule))
             rates = [_chosen_rate(chosen, config, method)] if args.rates_from else args.learning_rates or [None]
             runs += [Run(config, method, seed, flags, options, rate) for rate in rates]
-    missing = sorted({run.config for run in runs if not (ROOT / run.config).is_file()})
-    if missing:
-        raise SystemExit(f'there is no config for this data set and backbone: {", ".join(missing)}')
     if not args.held_out:
         return runs
     splits = {config: tuple(hold_out(config)) for config in {run.config for run in runs}}
     return [run._replace(cfg_options=run.cfg_options + splits[run.config]) for run in runs]
+
+
+def shorten(config: str, share: float) -> list[str]:
+    """Overrides that train for a share of the config's iterations."""
+    if share == 1:
+        return []
+    iterations = round(share * Config.fromfile(ROOT / config).train_cfg.max_iters)
+    keys = ('train_cfg.max_iters', 'train_cfg.val_interval', 'param_scheduler.1.end')
+    return [f'{key}={iterations}' for key in keys]
 
 
 def _chosen_rate(chosen: dict[tuple[str, str], float], config: str, method: str) -> float:

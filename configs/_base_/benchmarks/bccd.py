@@ -8,7 +8,7 @@ _base_ = [
 ]
 # Without norms in the head, some seeds do not train within the schedule: focal loss starts on a plateau.
 model = dict(bbox_head=dict(num_classes=3, norm_cfg=dict(type='GN', num_groups=32)))
-max_iters = 800
+max_iters = 400
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),

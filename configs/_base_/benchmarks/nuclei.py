@@ -11,7 +11,7 @@ model = dict(
     # Some images hold hundreds of nuclei.
     test_cfg=dict(rcnn=dict(max_per_img=300)),
 )
-max_iters = 600
+max_iters = 300
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),

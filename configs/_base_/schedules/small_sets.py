@@ -1,5 +1,5 @@
 # For a few hundred images: AdamW, a short warm-up, polynomial decay, one validation at the end.
-max_iters = 1500
+max_iters = 600
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
