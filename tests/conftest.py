@@ -34,6 +34,7 @@ HIERA = dict(embed_dim=8, num_heads=1, stages=(1, 2, 1, 1), img_size=64)
 TIMM_MODELS = {
     'vit_tiny_patch16_224': VIT,
     'vit_large_patch14_dinov2': dict(VIT, init_values=0.5),
+    'vit_giant_patch14_dinov2': dict(VIT, init_values=0.5),
     'vit_large_patch14_reg4_dinov2': dict(VIT, init_values=0.5),
     'vit_base_patch16_clip_224': VIT,
     'deit_tiny_distilled_patch16_224': VIT,

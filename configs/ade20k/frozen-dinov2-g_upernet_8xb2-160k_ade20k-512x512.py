@@ -1,0 +1,4 @@
+_base_ = './dinov2-g_upernet_8xb2-160k_ade20k-512x512.py'
+model = dict(
+    backbone=dict(_delete_=True, type='TunedBackbone', backbone={{_base_.model.backbone}}, method=dict(type='Frozen'))
+)
