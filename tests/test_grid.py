@@ -13,6 +13,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 sys.path.insert(0, str(ROOT / 'tools'))
+import experiments
 import held_out
 import method_specs
 import run_grid
@@ -182,6 +183,20 @@ def test_a_share_of_the_schedule():
     config = Config.fromfile(ROOT / run.config)
     config.merge_from_dict({key: int(value) for key, value in (option.split('=') for option in run.cfg_options)})
     assert config.train_cfg.max_iters == config.train_cfg.val_interval == config.param_scheduler[1].end == 300
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path, monkeypatch):
+    def call_tool(tool, log):
+        if 'bad.py' in tool:
+            raise RuntimeError('bad.py failed')
+        (log.parent / 'run_report.json').write_text('{}')
+
+    monkeypatch.setattr(experiments, 'call_tool', call_tool)
+    done = []
+    runs = [experiments.Run(config, 'e3va') for config in ('bad.py', 'good.py')]
+    with pytest.raises(RuntimeError, match=r'bad\.py failed'):
+        experiments.run_all(runs, tmp_path, done=lambda run, result: done.append(run.config))
+    assert done == ['good.py']
 
 
 def test_best_rates_are_used(tmp_path):

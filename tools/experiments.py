@@ -53,21 +53,28 @@ def run_all(
         ``{run.name: result}``; a result holds the ``report`` of ResourceReportHook.
 
     Raises:
-        RuntimeError: a tool failed; the message holds the end of its log.
+        RuntimeError: once all have run, if a tool failed; the message holds the ends of their logs.
     """
-    started = time.monotonic()
+    started, failures = time.monotonic(), []
     # Every process would otherwise start a thread on every core.
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // jobs)))
 
     def work(run: Run) -> dict:
         if time.monotonic() - started > time_limit:
             return {}
-        result = run_one(run, work_dir / run.name)
+        try:
+            result = run_one(run, work_dir / run.name)
+        except RuntimeError as error:
+            failures.append(str(error))
+            return {}
         done(run, result)
         return result
 
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip((run.name for run in runs), pool.map(work, runs)))
+        results = dict(zip((run.name for run in runs), pool.map(work, runs)))
+    if failures:
+        raise RuntimeError('\n\n'.join(failures))
+    return results
 
 
 def run_one(run: Run, work_dir: Path) -> dict:
