@@ -202,5 +202,7 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, monkeypatch):
 def test_best_rates_are_used(tmp_path):
     runs = run_grid.plan(grid_args(rates_from=rates_file(tmp_path / 'rates.json')))
     assert [(run.method, run.learning_rate) for run in runs] == [('frozen', 1e-3), ('e3va', 3e-3)] * 2
+    variants = run_grid.plan(grid_args(rates_from=tmp_path / 'rates.json', methods=['e3va+bf16'], seeds=[0]))
+    assert [run.learning_rate for run in variants] == [3e-3]
     with pytest.raises(SystemExit, match='no rate for mona on shapes-96x96'):
         run_grid.plan(grid_args(rates_from=tmp_path / 'rates.json', methods=['mona']))

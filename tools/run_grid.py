@@ -86,10 +86,12 @@ def shorten(config: str, share: float) -> list[str]:
 
 
 def _chosen_rate(chosen: dict[tuple[str, str], float], config: str, method: str) -> float:
-    key = dataset_of(config), method
-    if key not in chosen:
-        raise SystemExit(f'--rates-from has no rate for {method} on {key[0]}; it has {sorted(chosen)}')
-    return chosen[key]
+    """The method's own; else, for one with options, that of the method without them."""
+    dataset = dataset_of(config)
+    for name in (method, method.partition('+')[0]):
+        if (dataset, name) in chosen:
+            return chosen[dataset, name]
+    raise SystemExit(f'--rates-from has no rate for {method} on {dataset}; it has {sorted(chosen)}')
 
 
 def main() -> None:
