@@ -1,8 +1,9 @@
 import copy
+import weakref
 
 import pytest
 import torch
-from conftest import e3va, graph_nodes, saved_bytes, stir, swin
+from conftest import e3va, graph_nodes, saved_bytes, stir, swin, timm_features
 from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -169,6 +170,26 @@ def test_saves_a_fraction_of_what_full_backpropagation_saves(monkeypatch):
     assert float8 < 0.06 * full
     sampled = saved_bytes(e3va(backbone, saved_dtype='float8_e4m3fn', saved_fraction=0.25), images)
     assert sampled < 0.04 * full
+
+
+@pytest.mark.parametrize('backbone', [swin(), timm_features('convnext_base')], ids=['mm', 'timm'])
+def test_no_frozen_tokens_outlive_the_forward_pass(backbone, monkeypatch):
+    """What closures keep alive costs memory as well, but no hook for saved tensors sees it."""
+    model, references = e3va(backbone), []
+
+    def watched(call):
+        def run(*args):
+            results = call(*args)
+            references.append(weakref.ref(results if isinstance(results, torch.Tensor) else results[0]))
+            return results
+
+        return run
+
+    for name in ('embed', 'run_stage', 'follow'):
+        monkeypatch.setattr(model.taps, name, watched(getattr(model.taps, name)))
+    outputs = model(torch.randn(1, 3, 64, 64))
+    assert outputs[0].requires_grad and len(references) == 8
+    assert [reference() for reference in references] == [None] * 8
 
 
 def test_mixing_starts_silent_and_lets_tokens_see_one_another():

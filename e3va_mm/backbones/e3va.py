@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..highway import Recomputed, StageHighway
 from ..mixer import build_mixers
 from ..tap_record import TapStorage
-from ..taps import Size, StageStart
+from ..taps import Size
 from .base import FrozenBackbone, parse_dtype
 
 _SAVED_DTYPES = {
@@ -116,22 +116,34 @@ class E3VABackbone(FrozenBackbone):
             with torch.no_grad():
                 tokens, size = self.taps.embed(images)
             offset, outputs = None, []
-            for index, stage in enumerate(self.highway):
-                tokens, delta = self._run_stage(index, stage, tokens, size)
-                offset, following = _add(offset, delta), None
-                if index + 1 < len(self.highway):
-                    with torch.no_grad():
-                        following = self.taps.follow(index, tokens, size)
-                results = self._finish_stage(index, self.taps.patches(tokens), offset, size, following)
-                if index in self.norms:
-                    outputs.append(results[0])
-                if following:
-                    tokens, size, carried = following
-                    offset = None if offset is None else results[-1].to(offset.dtype) - carried
+            for index in range(len(self.highway)):
+                output, tokens, size, offset = self._advance(index, tokens, size, offset)
+                if output is not None:
+                    outputs.append(output)
         return tuple(outputs)
 
-    def _run_stage(self, index: int, stage: nn.Module, tokens: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
+    def _advance(self, index: int, tokens: Tensor, size: Size, offset: Tensor | None):
+        """From the start of a stage to its output (or None) and to the start of the next: tokens, size and offset.
+
+        ``offset`` is what the highway carries more than the frozen tokens; None is nothing yet.
+        """
+        tokens, delta = self._run_stage(index, tokens, size)
+        offset, following = _add(offset, delta), None
+        if index + 1 < len(self.highway):
+            with torch.no_grad():
+                following = self.taps.follow(index, tokens, size)
+        next_size = following.size if following else None
+        results = self._finish_stage(index, self.taps.patches(tokens), offset, size, next_size)
+        output = results[0] if index in self.norms else None
+        if following is None:
+            return output, tokens, size, offset
+        if offset is not None:
+            offset = results[-1].to(offset.dtype) - following.carried
+        return output, following.tokens, next_size, offset
+
+    def _run_stage(self, index: int, tokens: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
         """The frozen tokens behind a stage's blocks, and the sum of its deltas, if it has taps."""
+        stage = self.highway[index]
         if not self.taps.num_taps[index]:
             return self.taps.run_stage(index, tokens, size, lambda tap: None), None
         if self.training and stage.needs_basis():
@@ -156,16 +168,17 @@ class E3VABackbone(FrozenBackbone):
         return rerun
 
     def _finish_stage(
-        self, index: int, tokens: Tensor, offset: Tensor | None, size: Size, following: StageStart | None
+        self, index: int, tokens: Tensor, offset: Tensor | None, size: Size, next_size: Size | None
     ) -> tuple[Tensor, ...]:
         """The stage's output (if it has one) and the highway's state at the start of the next (if there is one)."""
         norm, mixers, dtype = self.norms.get(index), self.mixers[index], tokens.dtype
 
+        # Lives as long as the graph: a tensor that it named would be kept as well.
         def finish(state: Tensor) -> tuple[Tensor, ...]:
             for mixer in mixers:
                 state = mixer(state, size)
             outputs = () if norm is None else (self._output(norm, state, dtype, size),)
-            return (*outputs, self.taps.carry(index, state, size, following.size)) if following else outputs
+            return (*outputs, self.taps.carry(index, state, size, next_size)) if next_size else outputs
 
         # Mixers, output norm and downsampling are cheap and start from the same state, so one copy of it serves all.
         parameters = (*mixers.parameters(), *(() if norm is None else norm.parameters()))
