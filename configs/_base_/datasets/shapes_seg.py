@@ -21,6 +21,7 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
+    batch_size=8,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
