@@ -1,5 +1,8 @@
 """Every config loads, and builds and runs with its backbone shrunk."""
 
+import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,11 @@ import torch
 from conftest import ROOT, timm_features
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+
+sys.path.insert(0, str(ROOT / 'tools'))
+import run_grid
+from held_out import best_rates
+from method_specs import config_prefix
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
 WIDTHS = [12, 24, 48, 96]
@@ -49,6 +57,22 @@ def test_config_builds_and_runs(path):
     else:
         assert bool(trainable) == (method == 'full')
     assert {hook.type for hook in config.custom_hooks} == {'ParameterTableHook', 'ResourceReportHook'}
+
+
+@pytest.mark.parametrize('path', [path for path in CONFIGS if '_1xb' in path.stem], ids=lambda path: path.stem)
+def test_batch_size_and_iterations_are_those_of_the_name(path):
+    config = Config.fromfile(path)
+    batch_size, iterations = re.search(r'_1xb(\d+)-(\d+)_', path.stem).groups()
+    assert (config.train_dataloader.batch_size, config.train_cfg.max_iters) == (int(batch_size), int(iterations))
+    assert config.train_cfg.val_interval == config.param_scheduler[-1].end == int(iterations)
+
+
+def test_the_small_sets_train_at_the_rates_that_held_out_images_chose():
+    chosen = best_rates(json.loads((ROOT / 'results/rates.json').read_text()))
+    assert len(chosen) >= 9
+    for (dataset, method), rate in chosen.items():
+        config = Config.fromfile(ROOT / run_grid.DATASETS[dataset].format(config_prefix(method) + 'swin-nano'))
+        assert config.optim_wrapper.optimizer.lr == rate
 
 
 def test_every_benchmark_has_its_siblings():

@@ -85,6 +85,12 @@ def test_table_and_plot(tmp_path):
     assert (tmp_path / 'plot.png').stat().st_size > 5000
 
 
+def test_a_row_a_learning_rate():
+    runs = {rate: {**result('e3va', 40), 'learning_rate': rate} for rate in (1e-3, 3e-3)}
+    rows = summarize.summarize({'runs': runs}).splitlines()[2:]
+    assert [row.split('|')[2].strip() for row in rows] == ['E³VA, rate 0.001', 'E³VA, rate 0.003']
+
+
 def test_no_detections_count_as_zero():
     run = result('e3va', 40, 'configs/shapes/retinanet_e3va-swin-nano_fpn_1xb8-800_shapes.py')
     run['report']['metrics'] = {}

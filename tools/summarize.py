@@ -61,13 +61,17 @@ def trained_parameters(run: dict) -> int:
 
 
 def summarize(content: dict) -> str:
-    """The table as text; a row a data set and method, with the number of seeds behind it."""
+    """The table as text; a row a data set and method (and learning rate, if there are several), with its seeds."""
     lines = [
         '| data set | method | metric (%) | seeds | trained in the backbone | peak memory | step | checkpoint |',
         '|---|---|---|---|---|---|---|---|',
     ]
     for dataset, methods in group_runs(content).items():
-        lines += [_row(dataset, method, runs) for method, runs in sorted(methods.items(), key=_order)]
+        for method, runs in sorted(methods.items(), key=_order):
+            rates = sorted({run.get('learning_rate') or 0.0 for run in runs})
+            for rate in rates:
+                label = NAMES.get(method, method) + (f', rate {rate:g}' if len(rates) > 1 else '')
+                lines.append(_row(dataset, label, [run for run in runs if (run.get('learning_rate') or 0.0) == rate]))
     return '\n'.join(lines)
 
 
@@ -77,14 +81,14 @@ def _order(item: tuple[str, list[dict]]) -> tuple:
     return (method == 'full') - (method == 'frozen'), method.startswith('e3va'), trained_parameters(runs[0]), method
 
 
-def _row(dataset: str, method: str, runs: list[dict]) -> str:
+def _row(dataset: str, label: str, runs: list[dict]) -> str:
     values, report = values_of(dataset, runs), runs[0]['report']
     spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
     # Several runs at a time share the device, and their step times say nothing.
     alone = all(run['jobs'] == 1 for run in runs)
     step = f'{1000 * statistics.median(run["report"]["step_seconds_median"] for run in runs):.0f} ms' if alone else ''
     return (
-        f'| {dataset} | {NAMES.get(method, method)} | {metric_of(dataset)[0].split("/")[-1]} '
+        f'| {dataset} | {label} | {metric_of(dataset)[0].split("/")[-1]} '
         f'{statistics.mean(values):.1f}{spread} | {len(values)} | {trained_parameters(runs[0]):,} | '
         f'{peak_memory(runs):.0f} MiB | {step} | {report["checkpoint_bytes"] / 2**20:.0f} MiB |'
     )
