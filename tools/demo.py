@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The embedded demo: trains frozen and E³VA on generated data, tests both, and compares them in a table and pictures.
+"""The embedded demo: trains frozen and E³VA on generated data, tests them, and compares them in a table and pictures.
 
 Needs no download; everything is written to work_dirs/demo.
 """
@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -39,52 +40,61 @@ def main() -> None:
     os.chdir(ROOT)
     print(f'writing the data set to {DATA}', flush=True)
     write_shapes(DATA)
-    rows = train_and_test(work_dir)
+    runs = {(task, method): run_of(task, method) for task in TASKS for method in METHODS}
+    print(f'{len(runs)} trainings, two at a time; logs: {work_dir}/*/train.log', flush=True)
+    reports = run_all(list(runs.values()), work_dir, jobs=2)
+    enlarged = enlarge_images(work_dir / 'images')
+    with ThreadPoolExecutor(2) as pool:
+        metrics = dict(zip(runs, pool.map(lambda run: test(run, work_dir), runs.values())))
+        list(pool.map(lambda run: predict(run, work_dir, enlarged), runs.values()))
+    rows = [make_row(*key, metrics[key], reports[run.name]['report']) for key, run in runs.items()]
     (work_dir / 'results.json').write_text(json.dumps({**provenance(), 'rows': rows}, indent=1) + '\n')
     table = format_table(rows)
     (work_dir / 'table.md').write_text(table + '\n')
     draw_bars(rows, work_dir / 'bars.png')
     for task in TASKS:
-        draw_overlays(task, work_dir)
+        draw_overlays(task, work_dir, enlarged)
     print(f'\n{table}\n\npictures: {work_dir}/*.png; {time.monotonic() - started:.0f} s in all')
 
 
-def train_and_test(work_dir: Path) -> list[dict]:
-    """A row a task and method, with the metric of ``tools/test.py`` and the costs that the training reported."""
-    rows = []
-    for task, (config, metric, scale) in TASKS.items():
-        runs = {method: Run(config.format(prefix), method.lower()) for method, prefix in METHODS.items()}
-        print(f'training {" and ".join(runs)} for {task}; logs: {work_dir}/*/train.log', flush=True)
-        results = run_all(list(runs.values()), work_dir, jobs=2)
-        for method, run in runs.items():
-            report = results[run.name]['report']
-            rows.append(
-                {
-                    'task': task,
-                    'method': method,
-                    'metric': metric.removeprefix('coco/bbox_'),
-                    'value': round(scale * test(run, work_dir)[metric], 1),
-                    'trained_in_backbone': sum(
-                        count['trainable'] for part, count in report['parameters'].items() if part in PARTS
-                    ),
-                    'peak_memory_mib': report['peak_memory_mib'],
-                    'step_seconds': report['step_seconds_median'],
-                    'checkpoint_mib': round(report['checkpoint_bytes'] / 2**20, 1),
-                }
-            )
-    return rows
+def run_of(task: str, method: str) -> Run:
+    return Run(TASKS[task][0].format(METHODS[method]), method.lower())
 
 
-def checkpoint_of(run: Run, work_dir: Path) -> str:
-    return (work_dir / run.name / 'last_checkpoint').read_text()
+def make_row(task: str, method: str, metrics: dict, report: dict) -> dict:
+    """The metric that ``tools/test.py`` found, and the costs that the training reported."""
+    _, metric, scale = TASKS[task]
+    return {
+        'task': task,
+        'method': method,
+        'metric': metric.removeprefix('coco/bbox_'),
+        'value': round(scale * metrics[metric], 1),
+        'trained_in_backbone': sum(count['trainable'] for part, count in report['parameters'].items() if part in PARTS),
+        'peak_memory_mib': report['peak_memory_mib'],
+        'step_seconds': report['step_seconds_median'],
+        'checkpoint_mib': round(report['checkpoint_bytes'] / 2**20, 1),
+    }
+
+
+def call_with_checkpoint(tool: list[str], run: Run, work_dir: Path, options: list[str]) -> None:
+    """Calls a tool with the run's config and its last checkpoint."""
+    folder = work_dir / run.name
+    checkpoint = (folder / 'last_checkpoint').read_text()
+    call_tool([*tool, run.config, checkpoint, *options], folder / f'{Path(tool[0]).stem}.log')
 
 
 def test(run: Run, work_dir: Path) -> dict:
     """The metrics that ``tools/test.py`` finds for the run's last checkpoint."""
     target = work_dir / run.name / 'test'
-    command = ['tools/test.py', run.config, checkpoint_of(run, work_dir), '--work-dir', str(target)]
-    call_tool(command, work_dir / run.name / 'test.log')
+    call_with_checkpoint(['tools/test.py'], run, work_dir, ['--work-dir', str(target)])
     return json.loads(max(target.glob('*/*.json'), key=os.path.getmtime).read_text())
+
+
+def predict(run: Run, work_dir: Path, images: list[Path]) -> None:
+    """Pictures with the run's predictions, as drawn by ``tools/infer.py``, in its folder ``predictions``."""
+    out = str(work_dir / run.name / 'predictions')
+    options = ['--out-dir', out, '--score-thr', '0.4', '--device', 'cpu']
+    call_with_checkpoint(['tools/infer.py', str(images[0].parent)], run, work_dir, options)
 
 
 def format_table(rows: list[dict]) -> str:
@@ -101,7 +111,7 @@ def format_table(rows: list[dict]) -> str:
 
 
 def draw_bars(rows: list[dict], target: Path) -> None:
-    """Accuracy, memory and step time of both methods, a panel each; hatches tell them apart in black and white."""
+    """Accuracy, memory and step time of the methods, a panel each; hatches tell them apart in black and white."""
     panels = (('value', 'mIoU or mAP (%)'), ('peak_memory_mib', 'peak memory (MiB)'), ('step_seconds', 'step time (s)'))
     figure, axes = plt.subplots(1, len(panels), figsize=(10, 3.2), layout='constrained')
     for axis, (key, label) in zip(axes, panels):
@@ -118,21 +128,15 @@ def draw_bars(rows: list[dict], target: Path) -> None:
     plt.close(figure)
 
 
-def draw_overlays(task: str, work_dir: Path) -> None:
-    """A row an image: the image, the truth, and what each method predicts, as drawn by ``tools/infer.py``."""
-    enlarged = enlarge_images(work_dir / 'images')
-    config = Config.fromfile(TASKS[task][0].format(''))
-    palette = config.test_dataloader.dataset.metainfo.palette
+def draw_overlays(task: str, work_dir: Path, enlarged: list[Path]) -> None:
+    """A row an image: the image, the truth, and what each method predicts."""
+    palette = Config.fromfile(TASKS[task][0].format('')).test_dataloader.dataset.metainfo.palette
     columns = {'image': [_read(path) for path in enlarged]}
     columns['truth'] = [TRUTHS[task](path, palette) for path in enlarged]
-    for method, prefix in METHODS.items():
-        run = Run(TASKS[task][0].format(prefix), method.lower())
-        out = work_dir / run.name / 'predictions'
-        command = ['tools/infer.py', str(enlarged[0].parent), run.config, checkpoint_of(run, work_dir)]
-        options = ['--out-dir', str(out), '--score-thr', '0.4', '--device', 'cpu']
-        call_tool([*command, *options], work_dir / run.name / 'infer.log')
+    for method in METHODS:
+        out = work_dir / run_of(task, method).name / 'predictions'
         columns[method] = [_read(out / path.name) for path in enlarged]
-    figure, axes = plt.subplots(PICTURES, len(columns), figsize=(8, 2 * PICTURES), layout='constrained')
+    figure, axes = plt.subplots(PICTURES, len(columns), figsize=(2 * len(columns), 2 * PICTURES), layout='constrained')
     for column, (title, pictures) in enumerate(columns.items()):
         axes[0, column].set_title(title)
         for row, picture in enumerate(pictures):
