@@ -29,8 +29,8 @@ benchmark: setup  ## memory and time of training steps: table and plots in work_
 	$(PYTHON_BIN) tools/benchmark.py --out work_dirs/benchmark/results.json $(BENCHMARK)
 	$(PYTHON_BIN) tools/summarize_benchmark.py work_dirs/benchmark/results.json --plots work_dirs/benchmark
 
-results: setup  ## on a GPU: CamVid, BCCD and nuclei from data/, frozen, E3VA and full, three seeds each
-	$(PYTHON_BIN) tools/run_grid.py --train-args amp --out results/small_sets.json
+results: setup  ## on a GPU: run what is missing in results/, from data/; takes hours, and goes on where it stopped
+	tools/reproduce.sh
 
 clean:  ## remove the environment and all results of runs
 	rm -rf .venv work_dirs

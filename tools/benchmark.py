@@ -138,7 +138,7 @@ def main() -> None:
     with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(args.jobs) as pool:
         for name, result in zip(missing, pool.map(run, missing)):
             if result is None:
-                break
+                sys.exit('--time-limit is over; not all cases have been measured')
             print(f'{name}: {describe(result)}', flush=True)
             if 'error' in result:
                 failed += 1

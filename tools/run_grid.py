@@ -5,6 +5,7 @@ Runs that are already in the file are not repeated, so an interrupted grid goes 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import threading
@@ -76,6 +77,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
     return [run._replace(cfg_options=run.cfg_options + splits[run.config]) for run in runs]
 
 
+@functools.cache
 def shorten(config: str, share: float) -> list[str]:
     """Overrides that train for a share of the config's iterations."""
     if share == 1:
@@ -111,6 +113,9 @@ def main() -> None:
 
     missing = [run for run in plan(args) if run.name not in content['runs']]
     run_all(missing, Path(args.work_dir), args.jobs, collect, args.time_limit)
+    left = [run.name for run in missing if run.name not in content['runs']]
+    if left:
+        raise SystemExit(f'--time-limit is over; {len(left)} of {len(missing)} runs have not been started')
 
 
 if __name__ == '__main__':

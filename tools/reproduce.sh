@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Runs what is missing in results/ on one GPU, what is wanted most first. What is in the files already is not repeated.
+#
+# usage: tools/reproduce.sh [SECONDS]
+#   SECONDS  nothing is started after them, and what then still runs is stopped (default: no limit)
+# PYTHON     interpreter (default: .venv/bin/python)
+# JOBS       trainings at a time (default: 12; 16 cores are busy with them)
+# COMMIT     recorded in the results (default: asked of git)
+# data/camvid, data/bccd, data/nuclei and data/weights have to be there.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+limit=${1:-1000000}
+python=${PYTHON:-.venv/bin/python}
+commit=(${COMMIT:+--commit "$COMMIT"})
+missing=0
+
+run() {  # tool and arguments
+    local left=$((limit - SECONDS))
+    [ "$left" -gt 0 ] || { missing=1; return; }
+    timeout --kill-after 2 "$left" "$python" "$@" "${commit[@]}" --time-limit $((left > 30 ? left - 15 : left)) || missing=1
+}
+
+train() { run tools/run_grid.py --jobs "${JOBS:-12}" --cfg-options train_dataloader.num_workers=2 val_dataloader.num_workers=2 "$@"; }
+measure() { run tools/benchmark.py --jobs 3 --steps 5 --warmup 2 "$@"; }
+rates() { train --train-args amp --held-out --schedule 0.5 --learning-rates 3e-4 1e-3 3e-3 --seeds 0 \
+    --work-dir work_dirs/rates --out results/rates.json "$@"; }
+
+# Frozen, E3VA and full on the small sets.
+rates --methods frozen e3va full
+train --train-args amp --rates-from results/rates.json --out results/small_sets.json
+
+# What the fast options do to accuracy, in fp32 but for what they change.
+train --rates-from results/rates.json --work-dir work_dirs/guard --out results/guard.json --datasets camvid bccd \
+    --methods e3va e3va+taps-bf16 e3va+bf16 e3va+bf16+taps-float8
+
+# Memory and time, of one session.
+gpu=results/benchmark_one_gpu.json
+all=(full full+checkpointed frozen e3va e3va+bf16 e3va+bf16+taps-float8 e3va+bf16+taps-float8+sampled e3va+bf16+mixer)
+few=(full frozen e3va e3va+bf16 e3va+bf16+taps-float8)
+measure --out $gpu --profile --batch-sizes 8 --tasks upernet retinanet --sizes l --methods "${all[@]}"
+measure --out $gpu --profile --batch-sizes 8 --tasks cascade-mask-rcnn --sizes b --methods "${all[@]}"
+measure --out $gpu --batch-sizes 1 --memory-cap 3 --tasks cascade-mask-rcnn --sizes l --methods frozen e3va+bf16+taps-float8
+measure --out $gpu --batch-sizes 2 --memory-cap 4.5 --tasks cascade-mask-rcnn --sizes l \
+    --methods frozen e3va+bf16+taps-float8 e3va+bf16+taps-float8+sampled
+for precision in fp32 amp-fp16; do
+    batch=$([ $precision = fp32 ] && echo 2 || echo 8)
+    methods=("${few[@]}")
+    [ $precision = fp32 ] || methods=(full frozen e3va+fp16 e3va+fp16+taps-float8)
+    measure --out $gpu --precisions $precision --batch-sizes "$batch" --tasks upernet retinanet --sizes l --methods "${methods[@]}"
+    measure --out $gpu --precisions $precision --batch-sizes "$batch" --tasks cascade-mask-rcnn --sizes b --methods "${methods[@]}"
+done
+
+# Plain ViTs.
+ade=configs/ade20k/dinov2
+measure --out results/benchmark_vit.json --batch-sizes 2 --image-sizes 512x512 896x896 --tasks \
+    --configs ${ade}-l_upernet_8xb2-160k_ade20k-512x512.py ${ade}-g_upernet_8xb2-160k_ade20k-512x512.py \
+    --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full
+
+# Other backbones on the small sets.
+rates --backbones vit-tiny efficientnet-lite0 --datasets camvid bccd --methods frozen e3va full
+train --train-args amp --rates-from results/rates.json --work-dir work_dirs/backbones --out results/backbones.json \
+    --backbones vit-tiny efficientnet-lite0 --datasets camvid bccd
+
+# All methods on the small sets, and what they cost.
+for methods in 'e3va+mixer mona adapter lora' 'bitfit normtuning partial adaptformer lorand lst dtl'; do
+    # shellcheck disable=SC2086
+    rates --methods $methods
+    # shellcheck disable=SC2086
+    train --train-args amp --rates-from results/rates.json --work-dir work_dirs/methods --out results/methods.json --methods $methods
+done
+measure --out results/benchmark_methods.json --batch-sizes 2 --tasks upernet --sizes l \
+    --methods full frozen e3va e3va+bf16+mixer mona lora adapter adaptformer lorand bitfit normtuning partial lst dtl
+
+[ $missing = 0 ] && echo 'results/ is complete' || { echo 'results/ is not complete: run this again'; exit 1; }
