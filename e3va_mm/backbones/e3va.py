@@ -122,7 +122,9 @@ class E3VABackbone(FrozenBackbone):
                     outputs.append(output)
         return tuple(outputs)
 
-    def _advance(self, index: int, tokens: Tensor, size: Size, offset: Tensor | None):
+    def _advance(
+        self, index: int, tokens: Tensor, size: Size, offset: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Size, Tensor | None]:
         """From the start of a stage to its output (or None) and to the start of the next: tokens, size and offset.
 
         ``offset`` is what the highway carries more than the frozen tokens; None is nothing yet.
