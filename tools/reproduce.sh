@@ -4,7 +4,9 @@
 # usage: tools/reproduce.sh [SECONDS]
 #   SECONDS  nothing is started after them, and what then still runs is stopped (default: no limit)
 # PYTHON     interpreter (default: .venv/bin/python)
-# JOBS       trainings at a time (default: 12; 16 cores are busy with them)
+# JOBS       trainings at a time (default: 12, which keeps 16 cores busy). Processes take turns on a GPU, launch gaps
+#            included, unless CUDA MPS serves them (nvidia-cuda-mps-control -d): on an H200, a step of the nuclei's
+#            Mask R-CNN took 2.3 s in 12 processes without it and 0.6 s with it.
 # COMMIT     recorded in the results (default: asked of git)
 # data/camvid, data/bccd, data/nuclei and data/weights have to be there.
 set -uo pipefail
@@ -14,6 +16,7 @@ limit=${1:-1000000}
 python=${PYTHON:-.venv/bin/python}
 commit=(${COMMIT:+--commit "$COMMIT"})
 missing=0
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # also without `pip install -e .`
 
 run() {  # tool and arguments
     local left=$((limit - SECONDS))
