@@ -6,7 +6,7 @@
 # PYTHON     interpreter (default: .venv/bin/python)
 # JOBS       trainings at a time (default: 12, which keeps 16 cores busy). Processes take turns on a GPU, launch gaps
 #            included, unless CUDA MPS serves them (nvidia-cuda-mps-control -d): on an H200, a step of the nuclei's
-#            Mask R-CNN took 2.3 s in 12 processes without it and 0.6 s with it.
+#            Mask R-CNN took 2.3 s beside 11 like it without MPS (rates.json), 0.6 s beside 11 others with it (small_sets.json).
 # COMMIT     recorded in the results (default: asked of git)
 # data/camvid, data/bccd, data/nuclei and data/weights have to be there.
 set -uo pipefail
