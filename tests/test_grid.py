@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 sys.path.insert(0, str(ROOT / 'tools'))
-import benchmark
 import experiments
 import held_out
 import method_specs
@@ -205,38 +203,6 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r'bad\.py failed'):
         experiments.run_all(runs, tmp_path, done=lambda run, result: done.append(run.config))
     assert done == ['good.py']
-
-
-def call_reproduce(tmp_path, *args):
-    """The commands that tools/reproduce.sh runs, and its own result."""
-    stub = tmp_path / 'python'
-    stub.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
-    stub.chmod(0o755)
-    environment = {**os.environ, 'PYTHON': str(stub), 'COMMIT': 'abc'}
-    call = subprocess.run(['tools/reproduce.sh', *args], cwd=ROOT, env=environment, capture_output=True, text=True)
-    calls = tmp_path / 'calls'
-    return call, [line.split() for line in calls.read_text().splitlines()] if calls.is_file() else []
-
-
-def test_what_reproduce_runs_exists(tmp_path, monkeypatch):
-    call, commands = call_reproduce(tmp_path)
-    assert call.returncode == 0 and 'results/ is complete' in call.stdout
-    assert {command[0] for command in commands} == {'tools/run_grid.py', 'tools/benchmark.py'}
-    for command in commands:
-        monkeypatch.setattr(sys, 'argv', command)
-        if command[0] == 'tools/benchmark.py':
-            cases = benchmark.plan(benchmark.parse_args())
-            assert all(Path(ROOT, case['config']).is_file() for case in cases.values())
-            continue
-        args = run_grid.parse_args()
-        assert args.commit == 'abc'
-        args.held_out, args.rates_from = False, None
-        assert run_grid.plan(args)
-
-
-def test_reproduce_in_no_time(tmp_path):
-    call, commands = call_reproduce(tmp_path, '0')
-    assert (call.returncode, commands) == (1, []) and 'run this again' in call.stdout
 
 
 def test_runs_that_time_leaves_out_are_said(tmp_path, monkeypatch):

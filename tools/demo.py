@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from experiments import ROOT, Run, call_tool, provenance, run_all
 from mmengine.config import Config
+from summarize import trained_parameters
 
 from e3va_mm.datasets.shapes import write_shapes
 
@@ -28,7 +29,6 @@ TASKS = {
     'segmentation': ('configs/shapes/{}swin-nano_upernet_1xb8-600_shapes-96x96.py', 'mIoU', 1),
     'detection': ('configs/shapes/retinanet_{}swin-nano_fpn_1xb8-800_shapes.py', 'coco/bbox_mAP', 100),
 }
-PARTS = ('backbone', 'highway')
 PICTURES, ZOOM = 4, 4
 
 
@@ -42,12 +42,12 @@ def main() -> None:
     write_shapes(DATA)
     runs = {(task, method): run_of(task, method) for task in TASKS for method in METHODS}
     print(f'{len(runs)} trainings, two at a time; logs: {work_dir}/*/train.log', flush=True)
-    reports = run_all(list(runs.values()), work_dir, jobs=2)
+    results = run_all(list(runs.values()), work_dir, jobs=2)
     enlarged = enlarge_images(work_dir / 'images')
     with ThreadPoolExecutor(2) as pool:
         metrics = dict(zip(runs, pool.map(lambda run: test(run, work_dir), runs.values())))
         list(pool.map(lambda run: predict(run, work_dir, enlarged), runs.values()))
-    rows = [make_row(*key, metrics[key], reports[run.name]['report']) for key, run in runs.items()]
+    rows = [make_row(*key, metrics[key], results[run.name]) for key, run in runs.items()]
     (work_dir / 'results.json').write_text(json.dumps({**provenance(), 'rows': rows}, indent=1) + '\n')
     table = format_table(rows)
     (work_dir / 'table.md').write_text(table + '\n')
@@ -61,15 +61,15 @@ def run_of(task: str, method: str) -> Run:
     return Run(TASKS[task][0].format(METHODS[method]), method.lower())
 
 
-def make_row(task: str, method: str, metrics: dict, report: dict) -> dict:
+def make_row(task: str, method: str, metrics: dict, result: dict) -> dict:
     """The metric that ``tools/test.py`` found, and the costs that the training reported."""
-    _, metric, scale = TASKS[task]
+    (_, metric, scale), report = TASKS[task], result['report']
     return {
         'task': task,
         'method': method,
         'metric': metric.removeprefix('coco/bbox_'),
         'value': round(scale * metrics[metric], 1),
-        'trained_in_backbone': sum(count['trainable'] for part, count in report['parameters'].items() if part in PARTS),
+        'trained_in_backbone': trained_parameters(result),
         'peak_memory_mib': report['peak_memory_mib'],
         'step_seconds': report['step_seconds_median'],
         'checkpoint_mib': round(report['checkpoint_bytes'] / 2**20, 1),

@@ -68,10 +68,12 @@ def summarize(content: dict) -> str:
     ]
     for dataset, methods in group_runs(content).items():
         for method, runs in sorted(methods.items(), key=_order):
-            rates = sorted({run.get('learning_rate') or 0.0 for run in runs})
-            for rate in rates:
-                label = NAMES.get(method, method) + (f', rate {rate:g}' if len(rates) > 1 else '')
-                lines.append(_row(dataset, label, [run for run in runs if (run.get('learning_rate') or 0.0) == rate]))
+            by_rate: dict[float | None, list[dict]] = {}
+            for run in runs:
+                by_rate.setdefault(run.get('learning_rate'), []).append(run)
+            for rate, group in sorted(by_rate.items(), key=lambda item: item[0] or 0):
+                label = NAMES.get(method, method) + (f', rate {rate:g}' if rate and len(by_rate) > 1 else '')
+                lines.append(_row(dataset, label, group))
     return '\n'.join(lines)
 
 

@@ -10,5 +10,3 @@ model = dict(
     ),
     neck=dict(in_channels=[40, 112, 320]),
 )
-# Not chosen by data, unlike that of Swin-nano.
-optim_wrapper = dict(optimizer=dict(lr=5e-4))

@@ -18,5 +18,3 @@ model = dict(
         num_outs=5,
     ),
 )
-# Not chosen by data, unlike that of Swin-nano.
-optim_wrapper = dict(optimizer=dict(lr=5e-4))

@@ -10,5 +10,3 @@ model = dict(
     decode_head=dict(in_channels=[24, 40, 112, 320]),
     auxiliary_head=dict(in_channels=112),
 )
-# Not chosen by data, unlike that of Swin-nano.
-optim_wrapper = dict(optimizer=dict(lr=1e-3))

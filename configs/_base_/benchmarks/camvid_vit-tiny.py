@@ -12,5 +12,3 @@ model = dict(
     decode_head=dict(in_channels=[96] * 4),
     auxiliary_head=dict(in_channels=96),
 )
-# Not chosen by data, unlike that of Swin-nano.
-optim_wrapper = dict(optimizer=dict(lr=1e-3))

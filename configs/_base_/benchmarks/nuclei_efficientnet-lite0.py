@@ -9,5 +9,3 @@ model = dict(
     ),
     neck=dict(in_channels=[24, 40, 112, 320]),
 )
-# Not chosen by data, unlike that of Swin-nano.
-optim_wrapper = dict(optimizer=dict(lr=5e-4))

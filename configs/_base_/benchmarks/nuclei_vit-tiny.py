@@ -10,5 +10,3 @@ model = dict(
     ),
     neck=dict(_delete_=True, type='SimpleFeaturePyramid', in_channels=[192] * 4, out_channels=256, num_outs=5),
 )
-# Not chosen by data, unlike that of Swin-nano.
-optim_wrapper = dict(optimizer=dict(lr=5e-4))
