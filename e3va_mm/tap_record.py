@@ -98,11 +98,12 @@ class TapRecord:
     def _keep(self, tokens: Tensor) -> None:
         if self.sample is not None:
             tokens = tokens.index_select(0, self.sample)
-        if self.scales is not None:
-            scale = self.scales[self.num_taps]
-            scale.copy_(float8_scale(tokens, self.kept.dtype))
-            tokens = tokens / scale
-        self.kept[self.num_taps].copy_(tokens)
+        kept = self.kept[self.num_taps]
+        if self.scales is None:
+            kept.copy_(tokens)
+            return
+        scale = self.scales[self.num_taps].copy_(float8_scale(tokens, kept.dtype))
+        torch.div(tokens, scale, out=kept)
 
 
 def stored_dtype(dtype: torch.dtype, limit: torch.dtype | None) -> torch.dtype:

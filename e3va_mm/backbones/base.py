@@ -20,6 +20,8 @@ from .base_weights import CheckpointMismatchError, load_base_weights, names_weig
 
 FINGERPRINT = 'base_fingerprint'
 _FROZEN_DTYPES = {None: None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+# What autocast runs in reduced precision.
+_MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class FrozenBackbone(BaseModule):
@@ -68,9 +70,10 @@ class FrozenBackbone(BaseModule):
         self._trained_base = set(trained)
         freeze(self.backbone, self._trained_base)
         if self.frozen_dtype:
-            for tensor in self._frozen_tensors().values():
-                # Norms and biases are a few kilobytes: their rounding would cost accuracy and save nothing.
-                if tensor.is_floating_point() and tensor.ndim > 1:
+            # Autocast rounds the biases of matrices in every call, a kernel each; norms it runs in fp32.
+            biases = {f'{name}.bias' for name, module in self.backbone.named_modules() if isinstance(module, _MATRICES)}
+            for name, tensor in self._frozen_tensors().items():
+                if tensor.is_floating_point() and (tensor.ndim > 1 or name in biases):
                     tensor.data = tensor.data.to(self.frozen_dtype)
 
     def train(self, mode: bool = True) -> FrozenBackbone:
