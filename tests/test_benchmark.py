@@ -5,11 +5,14 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, tool
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import benchmark
+import benchmark_case
 import summarize_benchmark
+from method_specs import backbone_of
 
 CONFIG = 'configs/shapes/swin-nano_upernet_1xb8-600_shapes-96x96.py'
 
@@ -38,6 +41,21 @@ def test_results_say_what_was_measured_and_where(results):
         assert ('highway' in run['phases']) == (case['method'] != 'full')
     assert 10 * kept['e3va+taps-float8'] < kept['full']
     assert kept['e3va+taps-float8'] < kept['e3va']
+
+
+def test_methods_share_heads_and_batches():
+    """Nothing is learnt, so a head whose work depends on what it predicts has the same of it in every step."""
+    case = dict(config=CONFIG, precision='fp32', image_size=[96, 96], data='synthetic', cfg_options={})
+    losses = []
+    for method in ('frozen', 'e3va', 'e3va'):
+        bench = benchmark_case.Bench(dict(case, backbone=backbone_of(method)))
+        bench.to_device()
+        bench.load_batch(2)
+        if losses:
+            bench.step()
+        torch.manual_seed(0)  # for the head's dropout
+        losses.append(bench.model.parse_losses(bench.model(**bench.batch, mode='loss'))[0].item())
+    assert losses[0] > 0.1 and losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 def test_table_and_plots(results, tmp_path):

@@ -31,13 +31,15 @@ GIB = 2**30
 class Bench:
     """A model with its optimizer; steps once it has been moved to the device and given a batch.
 
+    What a detection head has to do depends on what it predicts. So that all methods get the same of it, heads and
+    batches are drawn from the same seeds, and the learning rate is 0: the optimizer does its work, the weights stay.
+
     Args:
         case: ``config``, ``backbone`` (overrides; ``type`` wraps), ``precision``, ``image_size`` (H, W), ``data``
             ('synthetic' or 'real') and ``cfg_options``.
     """
 
     def __init__(self, case: dict) -> None:
-        torch.manual_seed(0)
         self.case = case
         config = Config.fromfile(case['config'])
         init_default_scope(config.default_scope)
@@ -46,12 +48,22 @@ class Bench:
         if AMP_DTYPES[case['precision']]:
             enable_amp(config)
             config.optim_wrapper.dtype = AMP_DTYPES[case['precision']]
+        config.optim_wrapper.optimizer.lr = 0
         self.config = config
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         # Drawn on the device, where that takes no time; moved there from the host afterwards, as in a training.
         with self.device:
-            self.model = MODELS.build(config.model)
+            self.model = self._build(config.model)
         self.model.cpu()
+
+    @staticmethod
+    def _build(config) -> torch.nn.Module:
+        torch.manual_seed(0)
+        backbone = MODELS.build(config.backbone)
+        torch.manual_seed(1)
+        # Built by itself, because methods draw different numbers of weights.
+        config.backbone = dict(type=lambda: backbone)
+        return MODELS.build(config)
 
     def to_device(self) -> None:
         if self.device.type == 'cuda':
@@ -62,6 +74,7 @@ class Bench:
         self.optim = build_optim_wrapper(self.model, self.config.optim_wrapper)
 
     def load_batch(self, batch_size: int) -> None:
+        torch.manual_seed(2)
         make = real_batch if self.case['data'] == 'real' else synthetic_batch
         batch = make(self.config, batch_size, self.case['image_size'])
         self.batch = self.model.data_preprocessor(batch, training=True)
