@@ -66,9 +66,9 @@ def images(size=(57, 83)):
 
 
 def e3va(backbone=None, **options):
-    """A built E3VABackbone with its (random or pre-trained) base in place."""
+    """A built E3VABackbone with its (random or pre-trained) base in place, exact also where there is a GPU."""
     torch.manual_seed(0)
-    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone or swin(), **options))
+    model = MODELS.build(dict(dict(type='E3VABackbone', backbone=backbone or swin(), frozen_dtype=None), **options))
     model.init_weights()
     return model
 

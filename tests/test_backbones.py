@@ -254,11 +254,24 @@ def test_frozen_dtype(dtype, error, weights):
     exact, reduced = e3va(backbone), e3va(backbone, frozen_dtype=dtype)
     frozen = [parameter for parameter in reduced.backbone.parameters() if not parameter.requires_grad]
     assert {parameter.dtype for parameter in frozen if parameter.ndim > 1} == {getattr(torch, dtype)}
+    attention = reduced.backbone.stages[0].blocks[0].attn.w_msa
+    assert attention.qkv.bias.dtype == attention.proj.bias.dtype == getattr(torch, dtype)
+    assert reduced.backbone.stages[0].blocks[0].norm1.bias.dtype == torch.float32
     images = torch.randn(2, 3, 64, 64)
     for output, expected in zip(reduced(images), exact(images)):
         assert output.dtype == torch.float32
         assert (output - expected).norm() < error * expected.norm()
     assert torch.equal(exact.base_fingerprint(), reduced.base_fingerprint())
+
+
+@pytest.mark.parametrize(
+    ('capability', 'expected'), [(None, None), ((7, 5), None), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_default_frozen_dtype(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: capability)
+    assert MODELS.build(dict(type='E3VABackbone', backbone=swin())).frozen_dtype is expected
+    assert e3va(frozen_dtype=None).frozen_dtype is None
 
 
 def test_under_autocast():

@@ -17,7 +17,7 @@ def pretrained(weights, **options):
 
 
 def build(**options):
-    return MODELS.build(dict(type='E3VABackbone', **options))
+    return MODELS.build(dict(dict(type='E3VABackbone', frozen_dtype=None), **options))
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def test_a_method_changes_the_config_it_starts_from():
     assert merged('full+checkpointed').with_cp
     assert merged('frozen').method == dict(type='Frozen')
     assert merged('mona').method == dict(type='Mona')
+    assert merged('e3va').frozen_dtype is None and merged('e3va+bf16').frozen_dtype == 'bfloat16'
     variant = merged('e3va+taps-float8+sampled+pca+mixing3')
     assert (variant.type, variant.saved_dtype, variant.saved_fraction) == ('E3VABackbone', 'float8_e4m3fn', 0.125)
     assert variant.adapter == dict(rank=8, branches=2, hidden_ratio=0.5, basis='pca', mixing=3)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 
 TUNED = ('BitFit', 'NormTuning', 'Partial', 'Adapter', 'AdaptFormer', 'LoRA', 'LoRand', 'Mona', 'LST', 'DTL')
+# By default its precision depends on the device; rows of a table should not.
 METHODS = {
     'full': {},
     'frozen': dict(type='TunedBackbone', method=dict(type='Frozen')),
-    'e3va': dict(type='E3VABackbone'),
+    'e3va': dict(type='E3VABackbone', frozen_dtype=None),
     **{name.lower(): dict(type='TunedBackbone', method=dict(type=name)) for name in TUNED},
 }
 OPTIONS = {

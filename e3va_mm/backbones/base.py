@@ -34,7 +34,8 @@ class FrozenBackbone(BaseModule):
     Args:
         backbone: config of the stock backbone, its ``init_cfg`` included, or a built module.
         frozen_dtype: 'float16' or 'bfloat16' keeps the frozen matrices in that type and runs the frozen forward
-            under autocast to it, whatever the rest of the model runs in; ``None`` leaves both as they are.
+            under autocast to it, whatever the rest of the model runs in; ``None`` leaves both as they are; 'auto' is
+            'bfloat16' where the constructor finds a CUDA device that computes in it, else ``None``.
         init_cfg: mmengine initialisation of the wrapper itself, e.g. ``dict(type='Pretrained', checkpoint=...)``
             with a trained adapter.
         compile_frozen: run what is tapped through ``torch.compile``.
@@ -54,7 +55,7 @@ class FrozenBackbone(BaseModule):
         taps: list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        self.frozen_dtype = parse_dtype('frozen_dtype', frozen_dtype, _FROZEN_DTYPES)
+        self.frozen_dtype = parse_dtype('frozen_dtype', frozen_dtype, {**_FROZEN_DTYPES, 'auto': _fast_dtype()})
         self.backbone = backbone if isinstance(backbone, nn.Module) else _build(backbone)
         self.taps = CustomTaps(self.backbone, taps) if taps else build_taps(self.backbone, compile_frozen)
         self._trained_base: set[str] = set()
@@ -191,6 +192,11 @@ class FrozenBackbone(BaseModule):
         clone = memo[id(self)] = type(self).__new__(type(self))
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return clone
+
+
+def _fast_dtype() -> torch.dtype | None:
+    """bfloat16 where the hardware has it: emulation, and CPUs, are slower in it than in fp32."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else None
 
 
 def parse_dtype(option: str, value: str | None, allowed: dict) -> torch.dtype | None:

@@ -37,7 +37,8 @@ class E3VABackbone(FrozenBackbone):
         adapter: ``rank`` (8), ``branches`` (2) and ``hidden_ratio`` (0.5) of the low-rank adapters; ``basis``
             ('learned') and ``mixing`` (0) are extensions, see :class:`~e3va_mm.highway.StageHighway`. The defaults are
             the paper's: 1,197,312 parameters for Swin-B, 1,792,896 for Swin-L.
-        frozen_dtype: 'float16' or 'bfloat16' halves the memory of the frozen weights and speeds their forward up.
+        frozen_dtype: 'float16' or 'bfloat16' halves the memory of the frozen weights and speeds their forward up;
+            'auto' is 'bfloat16' on a GPU that has it. ``None`` is the paper's method, in the weights' own precision.
         saved_dtype: 'bfloat16' or 'float8_e4m3fn' is what the backward pass keeps of the taps, where it is narrower
             than theirs; the highway's state at the end of a stage is then kept in bfloat16. The forward pass is exact.
         saved_fraction: share of the tokens that the backward pass keeps of the taps (but no fewer than 4096 a batch),
@@ -59,7 +60,7 @@ class E3VABackbone(FrozenBackbone):
         self,
         backbone: dict | nn.Module,
         adapter: dict | None = None,
-        frozen_dtype: str | None = None,
+        frozen_dtype: str | None = 'auto',
         saved_dtype: str | None = None,
         saved_fraction: float = 1.0,
         recompute_taps: bool = False,
