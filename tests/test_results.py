@@ -27,6 +27,7 @@ def test_results_table():
         ('shapes methods', 'docs/methods.md', 'shapes_methods_cpu.json'),
         ('camvid cpu', 'docs/methods.md', 'camvid_cpu.json'),
         ('rates', 'docs/methods.md', 'rates.json'),
+        ('guard', 'docs/performance.md', 'guard.json'),
         ('backbones cpu', 'docs/backbones.md', 'backbones_cpu.json'),
     ],
 )
@@ -36,7 +37,9 @@ def test_tables_of_the_docs(name, page, file):
     assert section(name, page) == summarize(json.loads((ROOT / 'results' / file).read_text()))
 
 
-@pytest.mark.parametrize('name', ['benchmark_gpu', 'benchmark_cpu', 'benchmark_cpu_sizes', 'benchmark_cpu_mixer'])
+@pytest.mark.parametrize(
+    'name', ['benchmark_gpu', 'benchmark_vit', 'benchmark_cpu', 'benchmark_cpu_sizes', 'benchmark_cpu_mixer']
+)
 def test_performance_tables(name):
     from summarize_benchmark import report
 
@@ -64,26 +67,45 @@ def test_demo_table():
 
 
 def test_sentences_on_the_small_sets():
-    """What the README says of single seeds."""
+    """What the README says of means and single seeds."""
     from summarize import values_of
 
     runs = json.loads((ROOT / 'results/small_sets.json').read_text())['runs'].values()
+    values = {}
+    for run in runs:
+        dataset = run['config'].split('/')[1]
+        (values[dataset, run['method'], run['seed']],) = values_of(dataset, [run])
 
-    def leads(dataset):
-        values = {
-            (run['seed'], run['method']): values_of(dataset, [run])[0] for run in runs if dataset in run['config']
-        }
-        seeds = sorted(seed for seed, method in values if method == 'e3va')
-        return [round(values[seed, 'e3va'] - values[seed, 'frozen'], 1) for seed in seeds]
+    def leads(dataset, method, other):
+        return [round(values[dataset, method, seed] - values[dataset, other, seed], 1) for seed in (0, 1, 2)]
+
+    def mean_lead(dataset, method, other):
+        difference = sum(values[dataset, method, seed] - values[dataset, other, seed] for seed in (0, 1, 2))
+        return round(difference / 3, 1)
 
     text = ' '.join((ROOT / 'README.md').read_text().split())
-    assert (min(leads('bccd')), max(leads('bccd')), len(leads('bccd'))) == (0.8, 1.8, 3)
-    assert 'with every seed, by 0.8 to 1.8 points' in text
-    assert leads('camvid') == [1.3, 0.1] and 'by 1.3 and 0.1' in text
-    assert leads('nuclei') == [-0.1] and '(43.4 and 43.5)' in text
+    sets = ('camvid', 'bccd', 'nuclei')
+    assert [mean_lead(name, 'e3va', 'frozen') for name in sets] == [0.4, 1.2, 0.3]
+    assert 'by 0.4 points on CamVid, 1.2 on BCCD and 0.3 on nuclei' in text
+    assert [mean_lead(name, 'full', 'e3va') for name in sets] == [1.5, 3.4, 0.8]
+    assert 'by 1.5, 3.4 and 0.8 points more' in text
+    assert (min(leads('bccd', 'e3va', 'frozen')), max(leads('bccd', 'e3va', 'frozen'))) == (0.8, 1.8)
+    for name in ('camvid', 'nuclei'):
+        assert sorted(leads(name, 'e3va', 'frozen'))[0] == -0.1 and sorted(leads(name, 'e3va', 'frozen'))[1] > 0
 
 
-@pytest.mark.parametrize('name', ['small_sets.json', 'rates.json', 'shapes_methods_cpu.json'])
+def test_options_cost_no_accuracy():
+    """The guard of the fast options, which chose the default of ``frozen_dtype``."""
+    from summarize import group_runs, values_of
+
+    content = json.loads((ROOT / 'results/guard.json').read_text())
+    for dataset, methods in group_runs(content).items():
+        means = {name: sum(values_of(dataset, runs)) / len(runs) for name, runs in methods.items()}
+        assert {len(runs) for runs in methods.values()} == {3} and len(means) == 4
+        assert all(abs(mean - means['e3va']) < 0.3 for mean in means.values()), (dataset, means)
+
+
+@pytest.mark.parametrize('name', ['small_sets.json', 'guard.json', 'rates.json', 'shapes_methods_cpu.json'])
 def test_every_result_says_where_it_comes_from(name):
     content = json.loads((ROOT / 'results' / name).read_text())
     for run in content['runs'].values():
