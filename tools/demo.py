@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The embedded demo: trains frozen and E³VA on generated data, tests them, and compares them in a table and pictures.
+"""The embedded demo: trains frozen and E³VA (with mixers, an extension) on generated data, tests and compares them.
 
 Needs no download; everything is written to work_dirs/demo.
 """
@@ -15,6 +15,7 @@ import cv2
 import matplotlib
 import numpy as np
 from experiments import ROOT, Run, call_tool, provenance, run_all
+from method_specs import cfg_options, config_prefix
 from mmengine.config import Config
 from summarize import trained_parameters
 
@@ -24,7 +25,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 DATA = 'data/shapes'
-METHODS = {'frozen': 'frozen-', 'E3VA': 'e3va-'}
+METHODS = {'frozen': 'frozen', 'E3VA + mixer': 'e3va+mixer'}
 TASKS = {
     'segmentation': ('configs/shapes/{}swin-nano_upernet_1xb8-600_shapes-96x96.py', 'mIoU', 1),
     'detection': ('configs/shapes/retinanet_{}swin-nano_fpn_1xb8-800_shapes.py', 'coco/bbox_mAP', 100),
@@ -58,7 +59,8 @@ def main() -> None:
 
 
 def run_of(task: str, method: str) -> Run:
-    return Run(TASKS[task][0].format(METHODS[method]), method.lower())
+    name = METHODS[method]
+    return Run(TASKS[task][0].format(config_prefix(name)), name, cfg_options=tuple(cfg_options(name)))
 
 
 def make_row(task: str, method: str, metrics: dict, result: dict) -> dict:
@@ -77,10 +79,10 @@ def make_row(task: str, method: str, metrics: dict, result: dict) -> dict:
 
 
 def call_with_checkpoint(tool: list[str], run: Run, work_dir: Path, options: list[str]) -> None:
-    """Calls a tool with the run's config and its last checkpoint."""
+    """Calls a tool with the config that the run was trained with, and its last checkpoint."""
     folder = work_dir / run.name
-    checkpoint = (folder / 'last_checkpoint').read_text()
-    call_tool([*tool, run.config, checkpoint, *options], folder / f'{Path(tool[0]).stem}.log')
+    config, checkpoint = folder / Path(run.config).name, (folder / 'last_checkpoint').read_text()
+    call_tool([*tool, str(config), checkpoint, *options], folder / f'{Path(tool[0]).stem}.log')
 
 
 def test(run: Run, work_dir: Path) -> dict:
