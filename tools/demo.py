@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -43,12 +42,16 @@ def main() -> None:
     write_shapes(DATA)
     runs = {(task, method): run_of(task, method) for task in TASKS for method in METHODS}
     print(f'{len(runs)} trainings, two at a time; logs: {work_dir}/*/train.log', flush=True)
-    results = run_all(list(runs.values()), work_dir, jobs=2)
-    enlarged = enlarge_images(work_dir / 'images')
-    with ThreadPoolExecutor(2) as pool:
-        metrics = dict(zip(runs, pool.map(lambda run: test(run, work_dir), runs.values())))
-        list(pool.map(lambda run: predict(run, work_dir, enlarged), runs.values()))
-    rows = [make_row(*key, metrics[key], results[run.name]) for key, run in runs.items()]
+    enlarged, metrics = enlarge_images(work_dir / 'images'), {}
+
+    def evaluate(run: Run, _) -> None:
+        metrics[run.name] = test(run, work_dir)
+        predict(run, work_dir, enlarged)
+
+    # The longest first, so that both processors are busy to the end.
+    longest_first = sorted(runs.values(), key=lambda run: run.method == 'frozen')
+    results = run_all(longest_first, work_dir, 2, evaluate)
+    rows = [make_row(*key, metrics[run.name], results[run.name]) for key, run in runs.items()]
     (work_dir / 'results.json').write_text(json.dumps({**provenance(), 'rows': rows}, indent=1) + '\n')
     table = format_table(rows)
     (work_dir / 'table.md').write_text(table + '\n')
