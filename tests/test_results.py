@@ -66,6 +66,15 @@ def test_demo_table():
     assert all(values[task, 'E3VA + mixer'] > values[task, 'frozen'] for task in ('segmentation', 'detection'))
 
 
+def test_mixers_tell_the_demo_from_frozen():
+    from summarize import group_runs, values_of
+
+    content = json.loads((ROOT / 'results/shapes_methods_cpu.json').read_text())
+    for dataset, methods in group_runs(content).items():
+        values = {name: values_of(dataset, methods[name]) for name in ('frozen', 'e3va+mixer')}
+        assert len(values['e3va+mixer']) >= 2 and min(values['e3va+mixer']) > max(values['frozen'])
+
+
 def test_sentences_on_the_small_sets():
     """What the README says of means and single seeds."""
     from summarize import values_of

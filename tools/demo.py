@@ -128,7 +128,7 @@ def draw_bars(rows: list[dict], target: Path) -> None:
         axis.set_xticks(range(len(TASKS)), TASKS)
         axis.set_ylabel(label)
         axis.margins(y=0.15)
-    axes[0].legend(loc='upper right')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=len(METHODS))
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
