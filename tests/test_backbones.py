@@ -252,11 +252,15 @@ def test_train_leaves_the_frozen_part_in_eval():
 def test_frozen_dtype(dtype, error, weights):
     backbone = swin(init_cfg=dict(type='Pretrained', checkpoint=weights))
     exact, reduced = e3va(backbone), e3va(backbone, frozen_dtype=dtype)
-    frozen = [parameter for parameter in reduced.backbone.parameters() if not parameter.requires_grad]
-    assert {parameter.dtype for parameter in frozen if parameter.ndim > 1} == {getattr(torch, dtype)}
-    attention = reduced.backbone.stages[0].blocks[0].attn.w_msa
-    assert attention.qkv.bias.dtype == attention.proj.bias.dtype == getattr(torch, dtype)
-    assert reduced.backbone.stages[0].blocks[0].norm1.bias.dtype == torch.float32
+    block = reduced.backbone.stages[0].blocks[0]
+    matrices = [
+        *block.attn.w_msa.qkv.parameters(),
+        *block.ffn.parameters(),
+        reduced.backbone.patch_embed.projection.weight,
+    ]
+    assert {parameter.dtype for parameter in matrices} == {getattr(torch, dtype)}
+    others = [block.norm1.bias, block.attn.w_msa.relative_position_bias_table]
+    assert {parameter.dtype for parameter in others} == {torch.float32}
     images = torch.randn(2, 3, 64, 64)
     for output, expected in zip(reduced(images), exact(images)):
         assert output.dtype == torch.float32

@@ -52,9 +52,9 @@ measure --out results/benchmark_compiled.json --batch-sizes 2 "${tasks[@]}" --me
 measure --out results/benchmark_compiled.json --batch-sizes 8 --precisions amp-fp16 --profile "${tasks[@]}" \
     --methods frozen e3va+fp16 e3va+fp16+compiled
 
-# Plain ViTs.
+# Plain ViTs, to replace benchmark_vit.json, which is of an older frozen forward.
 ade=configs/ade20k/dinov2
-measure --out results/benchmark_vit.json --batch-sizes 2 --image-sizes 512x512 896x896 --tasks \
+measure --out results/benchmark_dinov2.json --batch-sizes 2 --image-sizes 512x512 896x896 --tasks \
     --configs ${ade}-l_upernet_8xb2-160k_ade20k-512x512.py ${ade}-g_upernet_8xb2-160k_ade20k-512x512.py \
     --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full
 

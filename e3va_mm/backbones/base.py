@@ -20,8 +20,8 @@ from .base_weights import CheckpointMismatchError, load_base_weights, names_weig
 
 FINGERPRINT = 'base_fingerprint'
 _FROZEN_DTYPES = {None: None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
-# What autocast runs in reduced precision.
-_MATRICES = (nn.Linear, nn.modules.conv._ConvNd)
+# Their parameters are what autocast rounds in every call.
+_MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 class FrozenBackbone(BaseModule):
@@ -33,9 +33,9 @@ class FrozenBackbone(BaseModule):
 
     Args:
         backbone: config of the stock backbone, its ``init_cfg`` included, or a built module.
-        frozen_dtype: 'float16' or 'bfloat16' keeps the frozen matrices in that type and runs the frozen forward
-            under autocast to it, whatever the rest of the model runs in; ``None`` leaves both as they are; 'auto' is
-            'bfloat16' where the constructor finds a CUDA device that computes in it, else ``None``.
+        frozen_dtype: 'float16' or 'bfloat16' keeps the frozen linear and convolution layers in that type and runs the
+            frozen forward under autocast to it, whatever the rest of the model runs in; ``None`` leaves both as they
+            are; 'auto' is 'bfloat16' where the constructor finds a CUDA device that computes in it, else ``None``.
         init_cfg: mmengine initialisation of the wrapper itself, e.g. ``dict(type='Pretrained', checkpoint=...)``
             with a trained adapter.
         compile_frozen: run what is tapped through ``torch.compile``.
@@ -71,11 +71,19 @@ class FrozenBackbone(BaseModule):
         self._trained_base = set(trained)
         freeze(self.backbone, self._trained_base)
         if self.frozen_dtype:
-            # Autocast rounds the biases of matrices in every call, a kernel each; norms it runs in fp32.
-            biases = {f'{name}.bias' for name, module in self.backbone.named_modules() if isinstance(module, _MATRICES)}
-            for name, tensor in self._frozen_tensors().items():
-                if tensor.is_floating_point() and (tensor.ndim > 1 or name in biases):
-                    tensor.data = tensor.data.to(self.frozen_dtype)
+            self._reduce_matrices()
+
+    def _reduce_matrices(self) -> None:
+        # Norms, scales and embeddings stay as they are: they are small, and with them the residual stream is in fp32.
+        matrices = {
+            f'{path}.{name}'
+            for path, module in self.backbone.named_modules()
+            if isinstance(module, _MATRICES)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        for name, tensor in self._frozen_tensors().items():
+            if name in matrices:
+                tensor.data = tensor.data.to(self.frozen_dtype)
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Sets the mode of the trained part; the frozen part stays in eval (no dropout, fixed statistics)."""

@@ -41,6 +41,7 @@ class E3VABackbone(FrozenBackbone):
             'auto' is 'bfloat16' on a GPU that has it. ``None`` is the paper's method, in the weights' own precision.
         saved_dtype: 'bfloat16' or 'float8_e4m3fn' is what the backward pass keeps of the taps, where it is narrower
             than theirs; the highway's state at the end of a stage is then kept in bfloat16. The forward pass is exact.
+            By default, taps of a frozen forward in half precision are kept in that.
         saved_fraction: share of the tokens that the backward pass keeps of the taps (but no fewer than 4096 a batch),
             drawn at random in every step; the gradient stays unbiased and becomes noisier. 1 keeps all.
         recompute_taps: keep no taps and run the frozen stages again in the backward pass: the slow extreme.
@@ -75,7 +76,9 @@ class E3VABackbone(FrozenBackbone):
         super().__init__(backbone, frozen_dtype, init_cfg, compile_frozen, taps)
         _check_option_names('adapter', adapter, _ADAPTER_OPTIONS)
         _check_option_names('mixer', mixer, _MIXER_OPTIONS)
-        storage = TapStorage(_parse_saved_dtype(saved_dtype), _parse_fraction(saved_fraction), recompute_taps)
+        # Layer scales and norms widen a tap to fp32 behind a matrix that was computed in less.
+        kept_dtype = _parse_saved_dtype(saved_dtype) or self.frozen_dtype
+        storage = TapStorage(kept_dtype, _parse_fraction(saved_fraction), recompute_taps)
         # The state's rounding reaches the gradients of all earlier stages: 8 bits would be too few.
         self.state_dtype = torch.bfloat16 if saved_dtype else None
         options = dict(adapter or {}, init=init, storage=storage)
