@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import matplotlib
 import numpy as np
-from experiments import ROOT, Run, call_tool, provenance, run_all
+from experiments import ROOT, Run, call_tool, provenance, run_all, shorten
 from method_specs import cfg_options, config_prefix
 from mmengine.config import Config
 from summarize import trained_parameters
@@ -29,6 +29,7 @@ TASKS = {
     'segmentation': ('configs/shapes/{}swin-nano_upernet_1xb8-600_shapes-96x96.py', 'mIoU', 1),
     'detection': ('configs/shapes/retinanet_{}swin-nano_fpn_1xb8-800_shapes.py', 'coco/bbox_mAP', 100),
 }
+SCHEDULE = 0.75  # of the configs' iterations
 PICTURES, ZOOM = 4, 4
 
 
@@ -63,7 +64,8 @@ def main() -> None:
 
 def run_of(task: str, method: str) -> Run:
     name = METHODS[method]
-    return Run(TASKS[task][0].format(config_prefix(name)), name, cfg_options=tuple(cfg_options(name)))
+    config = TASKS[task][0].format(config_prefix(name))
+    return Run(config, name, cfg_options=(*cfg_options(name), *shorten(config, SCHEDULE)))
 
 
 def make_row(task: str, method: str, metrics: dict, result: dict) -> dict:

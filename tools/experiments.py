@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -11,6 +12,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from mmengine.config import Config
+
+import e3va_mm  # noqa: F401  (makes configs that derive from `mmseg::` loadable)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,6 +104,16 @@ def run_one(run: Run, work_dir: Path) -> dict:
     }
     result.write_text(json.dumps(content, indent=2))
     return content
+
+
+@functools.cache
+def shorten(config: str, share: float) -> list[str]:
+    """Overrides that train for a share of the config's iterations."""
+    if share == 1:
+        return []
+    iterations = round(share * Config.fromfile(ROOT / config).train_cfg.max_iters)
+    keys = ('train_cfg.max_iters', 'train_cfg.val_interval', 'param_scheduler.1.end')
+    return [f'{key}={iterations}' for key in keys]
 
 
 def call_tool(tool: list[str], log: Path) -> None:

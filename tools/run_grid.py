@@ -5,16 +5,14 @@ Runs that are already in the file are not repeated, so an interrupted grid goes 
 """
 
 import argparse
-import functools
 import itertools
 import json
 import threading
 from pathlib import Path
 
-from experiments import ROOT, Run, provenance, run_all
+from experiments import ROOT, Run, provenance, run_all, shorten
 from held_out import best_rates, hold_out
 from method_specs import METHODS, OPTIONS, cfg_options, config_prefix
-from mmengine.config import Config
 from summarize import dataset_of
 
 DATASETS = {
@@ -75,16 +73,6 @@ def plan(args: argparse.Namespace) -> list[Run]:
         return runs
     splits = {config: tuple(hold_out(config)) for config in {run.config for run in runs}}
     return [run._replace(cfg_options=run.cfg_options + splits[run.config]) for run in runs]
-
-
-@functools.cache
-def shorten(config: str, share: float) -> list[str]:
-    """Overrides that train for a share of the config's iterations."""
-    if share == 1:
-        return []
-    iterations = round(share * Config.fromfile(ROOT / config).train_cfg.max_iters)
-    keys = ('train_cfg.max_iters', 'train_cfg.val_interval', 'param_scheduler.1.end')
-    return [f'{key}={iterations}' for key in keys]
 
 
 def _chosen_rate(chosen: dict[tuple[str, str], float], config: str, method: str) -> float:
