@@ -73,6 +73,12 @@ def e3va(backbone=None, **options):
     return model
 
 
+def outputs_of_stock(model, images):
+    """What the wrapped stock module returns by its own forward."""
+    with torch.no_grad():
+        return model.backbone(images)
+
+
 def saved_bytes(model, images) -> int:
     """Bytes that a forward pass keeps for the backward pass, the weights not counted."""
     owned = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
