@@ -43,24 +43,27 @@ cascade=results/benchmark_cascade.json
 tasks=(--tasks cascade-mask-rcnn --sizes)
 measure --out $cascade --profile --batch-sizes 8 "${tasks[@]}" b --methods full full+checkpointed frozen e3va e3va+bf16 \
     e3va+bf16+taps-float8 e3va+bf16+taps-float8+sampled e3va+bf16+mixer
+measure --out $cascade --batch-sizes 2 "${tasks[@]}" b --methods full frozen e3va+bf16 e3va+bf16+taps-float8
+measure --out $cascade --precisions amp-fp16 --batch-sizes 8 "${tasks[@]}" b --methods full frozen e3va+fp16 e3va+fp16+taps-float8
 measure --out $cascade --precisions amp-fp16 --batch-sizes 1 --memory-cap 3 "${tasks[@]}" l --methods frozen e3va+fp16+taps-float8
 measure --out $cascade --precisions amp-fp16 --batch-sizes 2 --memory-cap 4.5 "${tasks[@]}" l --methods frozen e3va+fp16+taps-float8
-measure --out $cascade --batch-sizes 2 "${tasks[@]}" b --methods full frozen e3va e3va+bf16 e3va+bf16+taps-float8
-measure --out $cascade --precisions amp-fp16 --batch-sizes 8 "${tasks[@]}" b --methods full frozen e3va+fp16 e3va+fp16+taps-float8
-tasks=(--tasks upernet retinanet --sizes l)
-measure --out results/benchmark_compiled.json --batch-sizes 2 "${tasks[@]}" --methods frozen e3va+bf16 e3va+bf16+compiled
-measure --out results/benchmark_compiled.json --batch-sizes 8 --precisions amp-fp16 --profile "${tasks[@]}" \
+compiled=results/benchmark_compiled.json
+measure --out $compiled --batch-sizes 8 --precisions amp-fp16 --profile --tasks upernet retinanet --sizes l \
     --methods frozen e3va+fp16 e3va+fp16+compiled
-
-# Plain ViTs, to replace benchmark_vit.json, which is of an older frozen forward.
-ade=configs/ade20k/dinov2
-measure --out results/benchmark_dinov2.json --batch-sizes 2 --image-sizes 512x512 896x896 --tasks \
-    --configs ${ade}-l_upernet_8xb2-160k_ade20k-512x512.py ${ade}-g_upernet_8xb2-160k_ade20k-512x512.py \
-    --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full
+measure --out $compiled --batch-sizes 2 --tasks upernet --sizes l --methods frozen e3va+bf16 e3va+bf16+compiled
 
 # Other backbones on the small sets, at Swin-nano's rates.
 train --train-args amp --work-dir work_dirs/backbones --out results/backbones.json \
     --backbones vit-tiny efficientnet-lite0 --datasets camvid bccd
+
+# Plain ViTs, to replace benchmark_vit.json, which is of an older frozen forward.
+ade=configs/ade20k/dinov2
+for methods in 'frozen e3va+bf16 e3va+bf16+taps-float8 lora full' e3va; do
+    # shellcheck disable=SC2086
+    measure --out results/benchmark_dinov2.json --batch-sizes 2 --image-sizes 512x512 896x896 --tasks \
+        --configs ${ade}-l_upernet_8xb2-160k_ade20k-512x512.py ${ade}-g_upernet_8xb2-160k_ade20k-512x512.py \
+        --methods $methods
+done
 
 # All methods on the small sets, and what they cost.
 for methods in 'e3va+mixer mona adapter lora' 'bitfit normtuning partial adaptformer lorand lst dtl'; do
