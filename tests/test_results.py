@@ -9,59 +9,23 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / 'tools'))
 
 
-def section(name: str, page: str = 'README.md') -> str:
-    text = (ROOT / page).read_text()
-    return text.split(f'<!-- {name} -->')[1].split(f'<!-- end of {name} -->')[0].strip()
+def test_tables_are_those_of_the_results():
+    from update_docs import updated_pages
+
+    for page, text in updated_pages().items():
+        assert (ROOT / page).read_text() == text, f'{page}: run tools/update_docs.py'
 
 
-def test_results_table():
-    from summarize import summarize
+def test_a_missing_section_is_named():
+    from update_docs import replace_section
 
-    content = json.loads((ROOT / 'results/small_sets.json').read_text())
-    assert section('results table') == summarize(content)
-
-
-@pytest.mark.parametrize(
-    ('name', 'page', 'file'),
-    [
-        ('shapes methods', 'docs/methods.md', 'shapes_methods_cpu.json'),
-        ('camvid cpu', 'docs/methods.md', 'camvid_cpu.json'),
-        ('rates', 'docs/methods.md', 'rates.json'),
-        ('guard', 'docs/performance.md', 'guard.json'),
-        ('backbones cpu', 'docs/backbones.md', 'backbones_cpu.json'),
-    ],
-)
-def test_tables_of_the_docs(name, page, file):
-    from summarize import summarize
-
-    assert section(name, page) == summarize(json.loads((ROOT / 'results' / file).read_text()))
+    assert replace_section('a\n<!-- t -->\nold\n<!-- end of t -->\nb', 't', 'new').split('\n')[2] == 'new'
+    with pytest.raises(ValueError, match='<!-- other -->'):
+        replace_section('<!-- t --><!-- end of t -->', 'other', 'new')
 
 
-@pytest.mark.parametrize(
-    'name', ['benchmark_gpu', 'benchmark_vit', 'benchmark_cpu', 'benchmark_cpu_sizes', 'benchmark_cpu_mixer']
-)
-def test_performance_tables(name):
-    from summarize_benchmark import report
-
-    assert section(name, 'docs/performance.md') == report(ROOT / f'results/{name}.json')
-
-
-def test_performance_in_the_readme():
-    from summarize_benchmark import load_rows
-
-    text = (ROOT / 'README.md').read_text()
-    rows = [row for row in load_rows(ROOT / 'results/benchmark_gpu.json') if row['batch_size'] == 8]
-    names = ('full', 'frozen', 'e3va', 'e3va+bf16', 'e3va+bf16+taps-float8')
-    for row in rows:
-        if row['precision'] == 'fp32' and row['method'] in names:
-            assert f'{row["peak_memory_mib"] / 1024:.1f} GiB / {1000 * row["step_seconds"]:.0f} ms' in text
-
-
-def test_demo_table():
-    from demo import format_table
-
+def test_demo():
     content = json.loads((ROOT / 'results/demo.json').read_text())
-    assert section('demo table') == format_table(content['rows'])
     values = {(row['task'], row['method']): row['value'] for row in content['rows']}
     assert all(values[task, 'E3VA + mixer'] > values[task, 'frozen'] for task in ('segmentation', 'detection'))
 
@@ -114,7 +78,79 @@ def test_options_cost_no_accuracy():
         assert all(abs(mean - means['e3va']) < 0.3 for mean in means.values()), (dataset, means)
 
 
-@pytest.mark.parametrize('name', ['small_sets.json', 'guard.json', 'rates.json', 'shapes_methods_cpu.json'])
+def test_sentences_on_other_backbones():
+    from summarize import group_runs, values_of
+
+    text = ' '.join((ROOT / 'docs/backbones.md').read_text().split())
+    leads, pairs = {}, 0
+    for name, methods in group_runs(json.loads((ROOT / 'results/backbones.json').read_text())).items():
+        by_seed = {m: {run['seed']: values_of(name, [run])[0] for run in methods[m]} for m in ('frozen', 'e3va')}
+        differences = [by_seed['e3va'][seed] - by_seed['frozen'][seed] for seed in (0, 1, 2)]
+        pairs += sum(difference > 0 for difference in differences)
+        leads[name] = round(sum(differences) / 3, 1)
+    assert leads == {
+        'camvid, vit-tiny': 1.6,
+        'bccd, vit-tiny': 2.1,
+        'camvid, efficientnet-lite0': 0.4,
+        'bccd, efficientnet-lite0': 1.3,
+    }
+    assert 'ViT-Ti by 1.6 points on CamVid and 2.1 on BCCD, EfficientNet-lite0 by 0.4 and 1.3' in text
+    assert pairs == 10 and 'in 10 of 12 pairs' in text
+
+
+def test_sentences_on_memory_and_time():
+    """The averages over the three tasks, the caps, and DINOv2's ratios in docs/performance.md."""
+    from summarize_benchmark import OVERVIEW_MODELS, load_rows
+
+    text = ' '.join((ROOT / 'docs/performance.md').read_text().split())
+    files = [ROOT / f'results/benchmark_{name}.json' for name in ('gpu', 'cascade')]
+    rows = [row for file in files for row in load_rows(file)]
+    plain = {(row['model'], row['method']): row for row in rows if (row['batch_size'], row['precision']) == (8, 'fp32')}
+
+    def saved(method, key):
+        shares = [1 - plain[model, method][key] / plain[model, 'full'][key] for model in OVERVIEW_MODELS]
+        return f'{100 * sum(shares) / len(shares):.1f}'
+
+    sampled = 'e3va+bf16+taps-float8+sampled'
+    memory = [saved(m, 'peak_memory_mib') for m in (sampled[:-8], sampled, 'frozen', 'full+checkpointed')]
+    assert (
+        '{} % less with `bf16+taps-float8`, {} with `sampled`, {} with a frozen backbone, {} with'.format(*memory)
+        in text
+    )
+    time = [saved(m, key) for key in ('step_seconds', 'kernel_seconds') for m in ('e3va+bf16', 'frozen')]
+    assert '{} % less than full (frozen {} %)'.format(*time[:2]) in text
+    assert '{} % less (frozen {} %)'.format(*time[2:]) in text
+
+    capped = {
+        (row['memory_cap'], row['precision']): row
+        for row in rows
+        if 'taps-float8' in row['method'] and row['memory_cap']
+    }
+    for cap in (3, 4.5):
+        peak = capped[cap, 'amp-fp16']['peak_memory_mib'] / 1024
+        assert peak < cap and f'({peak:.2f} GiB' in text and not capped[cap, 'fp32']['batch_size']
+
+    ratios = {'peak_memory_mib': [], 'step_seconds': []}
+    vits = {
+        (row['model'], row['image_size'][0], row['method']): row
+        for row in load_rows(ROOT / 'results/benchmark_dinov2.json')
+    }
+    for model, size, method in vits:
+        if method == 'e3va+bf16':
+            for key, values in ratios.items():
+                values.append(f'{vits[model, size, method][key] / vits[model, size, "frozen"][key]:.2f}')
+    assert (
+        "takes {} and {} of frozen's memory for DINOv2-L at 512² and 896², and {} and {} for".format(
+            *ratios['peak_memory_mib']
+        )
+        in text
+    )
+    assert 'of its time {}, {}, {} and {}.'.format(*ratios['step_seconds']) in text
+
+
+@pytest.mark.parametrize(
+    'name', ['small_sets.json', 'guard.json', 'rates.json', 'backbones.json', 'shapes_methods_cpu.json']
+)
 def test_every_result_says_where_it_comes_from(name):
     content = json.loads((ROOT / 'results' / name).read_text())
     for run in content['runs'].values():

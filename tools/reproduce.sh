@@ -37,8 +37,7 @@ train --train-args amp --rates-from results/rates.json --out results/small_sets.
 train --rates-from results/rates.json --work-dir work_dirs/guard --out results/guard.json --datasets camvid bccd \
     --methods e3va e3va+bf16 e3va+bf16+taps-float8 e3va+bf16+taps-float8+sampled
 
-# Memory and time. UPerNet and RetinaNet are complete; Cascade Mask R-CNN in results/benchmark_gpu.json is of a benchmark
-# that trained, so that each method's heads had other proposals to work on.
+# Memory and time. results/benchmark_gpu.json has UPerNet and RetinaNet; its commands are in it.
 cascade=results/benchmark_cascade.json
 tasks=(--tasks cascade-mask-rcnn --sizes)
 measure --out $cascade --profile --batch-sizes 8 "${tasks[@]}" b --methods full full+checkpointed frozen e3va e3va+bf16 \
@@ -56,7 +55,7 @@ measure --out $compiled --batch-sizes 2 --tasks upernet --sizes l --methods froz
 train --train-args amp --work-dir work_dirs/backbones --out results/backbones.json \
     --backbones vit-tiny efficientnet-lite0 --datasets camvid bccd
 
-# Plain ViTs, to replace benchmark_vit.json, which is of an older frozen forward.
+# Plain ViTs.
 ade=configs/ade20k/dinov2
 for methods in 'frozen e3va+bf16 e3va+bf16+taps-float8 lora full' e3va; do
     # shellcheck disable=SC2086

@@ -15,6 +15,35 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 MARKERS = 'osD^vPX*<>'
+# Columns and rows of the README's overview; the rows are methods at batch 8 with fp32 heads.
+OVERVIEW_MODELS = {
+    'upernet swin-l': 'UPerNet Swin-L, 512²',
+    'cascade-mask-rcnn swin-b': 'Cascade Mask R-CNN Swin-B, 800 × 1344',
+    'retinanet swin-l': 'RetinaNet Swin-L, 800 × 1344',
+}
+OVERVIEW_METHODS = {
+    'full': 'full fine-tuning',
+    'full+checkpointed': 'full, activation checkpointing',
+    'frozen': 'frozen backbone',
+    'e3va': 'E³VA, `frozen_dtype=None`',
+    'e3va+bf16': 'E³VA, `bf16` (default)',
+    'e3va+bf16+taps-float8': 'E³VA, `bf16`, `taps-float8`',
+    'e3va+bf16+taps-float8+sampled': '… and `saved_fraction=0.125`',
+}
+# Rows of the table of ratios: label, batch size, precision, method, key.
+RATIOS = [
+    ('batch 8: memory, `bf16`', 8, 'fp32', 'e3va+bf16', 'peak_memory_mib'),
+    ('batch 8: memory, `bf16+taps-float8`', 8, 'fp32', 'e3va+bf16+taps-float8', 'peak_memory_mib'),
+    ('batch 8: memory, … `+sampled`', 8, 'fp32', 'e3va+bf16+taps-float8+sampled', 'peak_memory_mib'),
+    ('batch 8: time, no option', 8, 'fp32', 'e3va', 'step_seconds'),
+    ('batch 8: time, `bf16`', 8, 'fp32', 'e3va+bf16', 'step_seconds'),
+    ('batch 8: time of kernels without copies from the host, `bf16`', 8, 'fp32', 'e3va+bf16', 'kernel_seconds'),
+    ('batch 8, AMP: time, `fp16`', 8, 'amp-fp16', 'e3va+fp16', 'step_seconds'),
+    ('batch 8, AMP: time, `fp16+compiled`', 8, 'amp-fp16', 'e3va+fp16+compiled', 'step_seconds'),
+    ('batch 8, AMP: memory, `fp16+taps-float8`', 8, 'amp-fp16', 'e3va+fp16+taps-float8', 'peak_memory_mib'),
+    ('batch 2: time, `bf16`', 2, 'fp32', 'e3va+bf16', 'step_seconds'),
+    ('batch 2: memory, `bf16`', 2, 'fp32', 'e3va+bf16', 'peak_memory_mib'),
+]
 
 
 def load_rows(path: str | Path) -> list[dict]:
@@ -24,7 +53,10 @@ def load_rows(path: str | Path) -> list[dict]:
         runs = [run for run in case['runs'] if not run.get('out_of_memory')]
         if runs:
             keys = [key for key in runs[0] if key not in ('phases', 'most_time')]
-            rows.append({**case, **{key: _median(runs, key) for key in keys}, 'runs': runs})
+            row = {**case, **{key: _median(runs, key) for key in keys}, 'runs': runs}
+            if 'most_time' in runs[0]:
+                row['kernel_seconds'] = statistics.median(map(_kernel_seconds, runs))
+            rows.append(row)
         elif case['runs']:
             rows.append({**case, 'batch_size': 0})
     return rows
@@ -35,6 +67,14 @@ def _median(runs: list[dict], key: str):
     if isinstance(values[0], list):
         return [statistics.median(column) for column in zip(*values)]
     return statistics.median(values)
+
+
+def _kernel_seconds(run: dict) -> float:
+    """What a step's kernels take, without copies from pageable memory, whose time is the processor's."""
+    total, *rest = run['most_time']
+    return total['seconds'] - sum(
+        kernel['seconds'] for kernel in rest if kernel['name'].startswith('Memcpy HtoD (Page')
+    )
 
 
 def group_rows(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
@@ -81,6 +121,39 @@ def _table(group: list[dict]) -> str:
 
 def _ratio(row: dict, reference: dict | None, key: str) -> str:
     return f'{row[key] / reference[key]:.2f}' if reference else ''
+
+
+def format_overview(*paths: str | Path) -> str:
+    """Memory and time of the tasks at batch 8 with fp32 heads; a row a method."""
+    cells = {
+        (row['model'], row['method']): f'{row["peak_memory_mib"] / 1024:.1f} GiB / {1000 * row["step_seconds"]:.0f} ms'
+        for path in paths
+        for row in load_rows(path)
+        if (row['batch_size'], row['precision']) == (8, 'fp32')
+    }
+    lines = ['| peak memory / step | ' + ' | '.join(OVERVIEW_MODELS.values()) + ' |', '|---' * 4 + '|']
+    for method, label in OVERVIEW_METHODS.items():
+        lines.append(f'| {label} | ' + ' | '.join(cells[model, method] for model in OVERVIEW_MODELS) + ' |')
+    return '\n'.join(lines)
+
+
+def format_ratios(*paths: str | Path) -> str:
+    """Memory and time in units of the frozen backbone's in the same file; the last file that has both counts."""
+    ratios = {}
+    for path in paths:
+        keys = ('model', 'batch_size', 'precision', 'memory_cap')
+        for (model, batch, precision, _), group in group_rows(load_rows(path), *keys).items():
+            by_method = {row['method']: row for row in group if row['batch_size']}
+            frozen = by_method.get('frozen')
+            for method, row in by_method.items():
+                for key in ('peak_memory_mib', 'step_seconds', 'kernel_seconds'):
+                    if frozen and key in row and key in frozen:
+                        ratios[model, batch, precision, method, key] = row[key] / frozen[key]
+    lines = ['| of frozen | ' + ' | '.join(OVERVIEW_MODELS.values()) + ' |', '|---' * 4 + '|']
+    for label, *setting in RATIOS:
+        values = [ratios.get((model, *setting)) for model in OVERVIEW_MODELS]
+        lines.append(f'| {label} | ' + ' | '.join(f'{value:.2f}' if value else '' for value in values) + ' |')
+    return '\n'.join(lines)
 
 
 def format_phases(rows: list[dict]) -> str:
@@ -139,7 +212,7 @@ def _memory_panels(rows: list[dict]) -> list[tuple[str, int, str]]:
 
 def draw_curves(rows: list[dict], over: str, target: Path) -> None:
     """Memory, bytes kept, and throughput against the batch or the image size, of each method with several."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout='constrained')
     panels = [*_memory_panels(rows), ('images/s', 1, 'images_per_second')]
     series = [(method, group) for (method,), group in group_rows(rows, 'method').items() if len(group) > 1]
     for number, (method, group) in enumerate(series):
