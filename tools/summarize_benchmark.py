@@ -137,6 +137,12 @@ def format_overview(*paths: str | Path) -> str:
     return '\n'.join(lines)
 
 
+def format_one_setting(path: str | Path, model: str, image_size: tuple[int, int]) -> str:
+    """The table of one model at one image size (a single precision and batch size), without its title."""
+    rows = [row for row in load_rows(path) if row['model'] == model and row['image_size'] == list(image_size)]
+    return _table(rows)
+
+
 def format_ratios(*paths: str | Path) -> str:
     """Memory and time in units of the frozen backbone's in the same file; the last file that has both counts."""
     ratios = {}

@@ -25,10 +25,15 @@ def _accuracy(path: Path) -> str:
     return summarize.summarize(json.loads(path.read_text()))
 
 
+def _dinov2(path: Path) -> str:
+    return summarize_benchmark.format_one_setting(path, 'dinov2-g_upernet_8xb2-160k_ade20k-512x512', (896, 896))
+
+
 # Page, name, what makes the table, and the result files it is made of.
 SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'demo table', _demo, ('demo',)),
     ('README.md', 'performance table', summarize_benchmark.format_overview, ('benchmark_gpu', 'benchmark_cascade')),
+    ('README.md', 'dinov2 table', _dinov2, ('benchmark_dinov2',)),
     ('README.md', 'results table', _accuracy, ('small_sets',)),
     ('docs/methods.md', 'shapes methods', _accuracy, ('shapes_methods_cpu',)),
     ('docs/methods.md', 'camvid cpu', _accuracy, ('camvid_cpu',)),
