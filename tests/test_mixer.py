@@ -62,8 +62,11 @@ def test_keeps_nothing_more_for_the_backward_pass():
     assert mixing == plain
 
 
-def test_parameter_count():
-    """1.5 % of Swin-B's 86.75 M: 67 C + 2784 more a stage."""
+@pytest.mark.parametrize(
+    ('mixer', 'number'), [(dict(), 1_337_088), (dict(width=48, depth=2), 1_610_880)], ids=['defaults', '48x2']
+)
+def test_parameter_count(mixer, number):
+    """1.5 and 1.9 % of Swin-B's 86.75 M; a mixer of width w has (2 w + 3) C + 87 w a stage."""
     backbone = swin(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
-    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone, mixer=dict()))
-    assert sum(parameter.numel() for parameter in model.adapter_parameters().values()) == 1_337_088
+    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone, mixer=mixer))
+    assert sum(parameter.numel() for parameter in model.adapter_parameters().values()) == number

@@ -28,6 +28,7 @@ OPTIONS = {
     'mixing7': dict(adapter=dict(mixing=7)),
     'mixer': dict(mixer=dict(width=32)),
     'mixer64': dict(mixer=dict(width=64)),
+    'mixer48x2': dict(mixer=dict(width=48, depth=2)),
     'rank16': dict(adapter=dict(rank=16)),
     'kaiming': dict(init='kaiming'),
     'compiled': dict(compile_frozen=True),

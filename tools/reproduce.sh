@@ -64,14 +64,14 @@ for methods in 'frozen e3va+bf16 e3va+bf16+taps-float8 lora full' e3va; do
         --methods $methods
 done
 
-# All methods on the small sets, and what they cost.
-for methods in 'e3va+mixer mona adapter lora' 'bitfit normtuning partial adaptformer lorand lst dtl'; do
+# All methods on the small sets, and what they cost: first those that E³VA is to be level with.
+for methods in 'e3va+mixer e3va+mixer48x2 mona adapter lora' 'bitfit normtuning partial adaptformer lorand lst dtl'; do
     # shellcheck disable=SC2086
     rates --methods $methods
     # shellcheck disable=SC2086
     train --train-args amp --rates-from results/rates.json --work-dir work_dirs/methods --out results/methods.json --methods $methods
 done
-measure --out results/benchmark_methods.json --batch-sizes 2 --tasks upernet --sizes l \
-    --methods full frozen e3va e3va+bf16+mixer mona lora adapter adaptformer lorand bitfit normtuning partial lst dtl
+measure --out results/benchmark_methods.json --batch-sizes 2 --tasks upernet --sizes l --methods full frozen e3va e3va+bf16 \
+    e3va+bf16+mixer e3va+bf16+mixer48x2 mona lora adapter adaptformer lorand bitfit normtuning partial lst dtl
 
 [ $missing = 0 ] && echo 'results/ is complete' || { echo 'results/ is not complete: run this again'; exit 1; }
