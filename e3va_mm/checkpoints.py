@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -20,7 +21,7 @@ class DamagedCheckpointError(RuntimeError):
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Loads a checkpoint onto the CPU without running any code from it.
+    """Loads a checkpoint, or a file from :func:`publish`, onto the CPU without running any code from it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -29,6 +30,8 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'checkpoint {path} does not exist')
+    if path.suffix == '.safetensors':
+        return _read_safetensors(path)
     try:
         with _mmengine_types():
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -113,18 +116,28 @@ def publish(checkpoint: str | Path, target: str | Path) -> None:
 
 
 def unpublish(published: str | Path, target: str | Path) -> None:
-    """Writes a file from :func:`publish` as a checkpoint for ``tools/test.py``, ``init_model`` and ``load_from``.
+    """Writes a file from :func:`publish` as a ``.pth`` checkpoint, for code that does not import this package.
 
     Raises:
         FileNotFoundError, DamagedCheckpointError: the file is missing, or no whole safetensors file.
     """
-    if not Path(published).is_file():
-        raise FileNotFoundError(f'{published} does not exist')
+    torch.save(read_checkpoint(published), target)
+
+
+def _read_safetensors(path: Path) -> dict:
     try:
-        with safe_open(published, framework='pt') as file:
+        with safe_open(path, framework='pt') as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise DamagedCheckpointError(f'{published} can not be read: {error}') from error
-    meta = {'cfg': metadata.get('config', ''), 'dataset_meta': json.loads(metadata.get('dataset_meta', 'null'))}
-    torch.save({'state_dict': state, 'meta': meta}, target)
+        raise DamagedCheckpointError(f'checkpoint {path} can not be read: {error}') from error
+    # Where nothing is known, there is no entry: toolboxes then take what the config says.
+    known = {'cfg': metadata.get('config'), 'dataset_meta': json.loads(metadata.get('dataset_meta', 'null'))}
+    return {'state_dict': state, 'meta': {key: value for key, value in known.items() if value}}
+
+
+@CheckpointLoader.register_scheme(prefixes='', force=True)
+def load_from_file(filename: str, map_location=None) -> dict:
+    """mmengine's loader of local files, taught safetensors: for ``load_from``, ``init_cfg`` and ``init_model``."""
+    path = Path(filename).expanduser()
+    return read_checkpoint(path) if path.suffix == '.safetensors' else load_from_local(filename, map_location)

@@ -7,6 +7,7 @@ from conftest import e3va, stir, swin
 from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
+from safetensors.torch import save_file
 
 from e3va_mm.backbones import CheckpointMismatchError
 from e3va_mm.checkpoints import DamagedCheckpointError, latest_checkpoint, publish, read_checkpoint, unpublish
@@ -233,11 +234,22 @@ def test_publish_and_back(model, weights, tmp_path):
     torch.save({'state_dict': model.state_dict(), 'meta': meta, 'optimizer': {}}, checkpoint)
     publish(checkpoint, tmp_path / 'adapter.safetensors')
     unpublish(tmp_path / 'adapter.safetensors', tmp_path / 'back.pth')
-    fresh = build(**pretrained(weights))
-    loaded = load_checkpoint(fresh, str(tmp_path / 'back.pth'))
-    assert torch.equal(fresh(IMAGES)[0], model(IMAGES)[0])
-    assert loaded['meta']['cfg'] == 'model = 1'
-    assert loaded['meta']['dataset_meta']['classes'] == ['a', 'b']
+    for name in ('adapter.safetensors', 'back.pth'):
+        fresh = build(**pretrained(weights))
+        loaded = load_checkpoint(fresh, str(tmp_path / name))
+        assert torch.equal(fresh(IMAGES)[0], model(IMAGES)[0])
+        assert loaded['meta']['cfg'] == 'model = 1'
+        assert loaded['meta']['dataset_meta']['classes'] == ['a', 'b']
+
+
+def test_safetensors_of_others(tmp_path):
+    """Plain weights without metadata, as base weights may be given."""
+    save_file({'weight': torch.ones(2, 3), 'bias': torch.ones(2)}, tmp_path / 'base.safetensors')
+    linear = torch.nn.Linear(3, 2)
+    assert load_checkpoint(linear, str(tmp_path / 'base.safetensors'))['meta'] == {}
+    assert torch.equal(linear.weight, torch.ones(2, 3))
+    with pytest.raises(FileNotFoundError, match='nothing.safetensors'):
+        load_checkpoint(linear, str(tmp_path / 'nothing.safetensors'))
 
 
 def test_publish_refuses_what_is_no_adapter(tmp_path):

@@ -92,7 +92,8 @@ def test_init_model_and_init_detector(trained_seg, seg_config, trained_det, det_
 
 def test_infer(trained_seg, seg_config, trained_det, det_config, shapes, tmp_path):
     images = shapes / 'images/val'
-    tool('tools/infer.py', images, seg_config, trained_seg[0] / 'iter_4.pth', '--out-dir', tmp_path / 'seg')
+    tool('tools/publish_adapter.py', trained_seg[0] / 'iter_4.pth', tmp_path / 'adapter.safetensors')
+    tool('tools/infer.py', images, seg_config, tmp_path / 'adapter.safetensors', '--out-dir', tmp_path / 'seg')
     assert sorted(path.name for path in (tmp_path / 'seg').iterdir()) == [f'{i:04d}.png' for i in range(4)]
     one = [images / '0001.png', det_config, trained_det[0] / 'iter_4.pth', '--score-thr', '0.01']
     tool('tools/infer.py', *one, '--out-dir', tmp_path / 'det')
@@ -103,8 +104,9 @@ def test_publish_and_test_again(trained_seg, seg_config, tmp_path):
     work_dir, log = trained_seg
     tool('tools/publish_adapter.py', work_dir / 'iter_4.pth', tmp_path / 'adapter.safetensors')
     tool('tools/publish_adapter.py', tmp_path / 'adapter.safetensors', tmp_path / 'adapter.pth')
-    tested = tool('tools/test.py', seg_config, tmp_path / 'adapter.pth', '--work-dir', tmp_path / 'test')
-    assert metric(tested, 'mIoU') == metric(log, 'mIoU')
+    for name in ('adapter.safetensors', 'adapter.pth'):
+        tested = tool('tools/test.py', seg_config, tmp_path / name, '--work-dir', tmp_path / 'test')
+        assert metric(tested, 'mIoU') == metric(log, 'mIoU')
 
 
 @pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
