@@ -98,21 +98,25 @@ def test_sentences_on_other_backbones():
     assert pairs == 10 and 'in 10 of 12 pairs' in text
 
 
-def test_sentences_on_memory_and_time():
-    """The averages over the three tasks, the caps, and DINOv2's ratios in docs/performance.md."""
-    from summarize_benchmark import OVERVIEW_MODELS, load_rows
+def performance(name: str) -> tuple[str, list[dict]]:
+    """The text of docs/performance.md, and the rows of a benchmark."""
+    from summarize_benchmark import load_rows
 
-    text = ' '.join((ROOT / 'docs/performance.md').read_text().split())
-    files = [ROOT / f'results/benchmark_{name}.json' for name in ('gpu', 'cascade')]
-    rows = [row for file in files for row in load_rows(file)]
+    return ' '.join((ROOT / 'docs/performance.md').read_text().split()), load_rows(ROOT / f'results/{name}.json')
+
+
+def test_averages_over_the_tasks():
+    from update_docs import OVERVIEW_MODELS
+
+    text, rows = performance('benchmark_gpu')
     plain = {(row['model'], row['method']): row for row in rows if (row['batch_size'], row['precision']) == (8, 'fp32')}
 
     def saved(method, key):
         shares = [1 - plain[model, method][key] / plain[model, 'full'][key] for model in OVERVIEW_MODELS]
         return f'{100 * sum(shares) / len(shares):.1f}'
 
-    sampled = 'e3va+bf16+taps-float8+sampled'
-    memory = [saved(m, 'peak_memory_mib') for m in (sampled[:-8], sampled, 'frozen', 'full+checkpointed')]
+    methods = ('e3va+bf16+taps-float8', 'e3va+bf16+taps-float8+sampled', 'frozen', 'full+checkpointed')
+    memory = [saved(method, 'peak_memory_mib') for method in methods]
     assert (
         '{} % less with `bf16+taps-float8`, {} with `sampled`, {} with a frozen backbone, {} with'.format(*memory)
         in text
@@ -121,6 +125,9 @@ def test_sentences_on_memory_and_time():
     assert '{} % less than full (frozen {} %)'.format(*time[:2]) in text
     assert '{} % less (frozen {} %)'.format(*time[2:]) in text
 
+
+def test_memory_caps():
+    text, rows = performance('benchmark_gpu')
     capped = {
         (row['memory_cap'], row['precision']): row
         for row in rows
@@ -130,11 +137,11 @@ def test_sentences_on_memory_and_time():
         peak = capped[cap, 'amp-fp16']['peak_memory_mib'] / 1024
         assert peak < cap and f'({peak:.2f} GiB' in text and not capped[cap, 'fp32']['batch_size']
 
+
+def test_ratios_of_dinov2():
+    text, rows = performance('benchmark_dinov2')
     ratios = {'peak_memory_mib': [], 'step_seconds': []}
-    vits = {
-        (row['model'], row['image_size'][0], row['method']): row
-        for row in load_rows(ROOT / 'results/benchmark_dinov2.json')
-    }
+    vits = {(row['model'], row['image_size'][0], row['method']): row for row in rows}
     for model, size, method in vits:
         if method == 'e3va+bf16':
             for key, values in ratios.items():

@@ -37,15 +37,22 @@ train --train-args amp --rates-from results/rates.json --out results/small_sets.
 train --rates-from results/rates.json --work-dir work_dirs/guard --out results/guard.json --datasets camvid bccd \
     --methods e3va e3va+bf16 e3va+bf16+taps-float8 e3va+bf16+taps-float8+sampled
 
-# Memory and time. results/benchmark_gpu.json has UPerNet and RetinaNet; its commands are in it.
-cascade=results/benchmark_cascade.json
-tasks=(--tasks cascade-mask-rcnn --sizes)
-measure --out $cascade --profile --batch-sizes 8 "${tasks[@]}" b --methods full full+checkpointed frozen e3va e3va+bf16 \
-    e3va+bf16+taps-float8 e3va+bf16+taps-float8+sampled e3va+bf16+mixer
-measure --out $cascade --batch-sizes 2 "${tasks[@]}" b --methods full frozen e3va+bf16 e3va+bf16+taps-float8
-measure --out $cascade --precisions amp-fp16 --batch-sizes 8 "${tasks[@]}" b --methods full frozen e3va+fp16 e3va+fp16+taps-float8
-measure --out $cascade --precisions amp-fp16 --batch-sizes 1 --memory-cap 3 "${tasks[@]}" l --methods frozen e3va+fp16+taps-float8
-measure --out $cascade --precisions amp-fp16 --batch-sizes 2 --memory-cap 4.5 "${tasks[@]}" l --methods frozen e3va+fp16+taps-float8
+# Memory and time.
+gpu=results/benchmark_gpu.json
+for task in upernet retinanet cascade-mask-rcnn; do
+    tasks=(--tasks $task --sizes "$([ $task = cascade-mask-rcnn ] && echo b || echo l)")
+    measure --out $gpu --profile --batch-sizes 8 "${tasks[@]}" --methods full full+checkpointed frozen e3va e3va+bf16 \
+        e3va+bf16+taps-float8 e3va+bf16+taps-float8+sampled e3va+bf16+mixer
+    measure --out $gpu --batch-sizes 2 "${tasks[@]}" --methods full frozen e3va+bf16 e3va+bf16+taps-float8
+    measure --out $gpu --precisions amp-fp16 --batch-sizes 8 "${tasks[@]}" --methods full frozen e3va+fp16 e3va+fp16+taps-float8
+done
+capped() {  # images, GiB
+    local case=(--batch-sizes "$1" --memory-cap "$2" --tasks cascade-mask-rcnn --sizes l)
+    measure --out $gpu "${case[@]}" --methods frozen e3va+bf16+taps-float8
+    measure --out $gpu "${case[@]}" --precisions amp-fp16 --methods frozen e3va+fp16+taps-float8
+}
+capped 1 3
+capped 2 4.5
 compiled=results/benchmark_compiled.json
 measure --out $compiled --batch-sizes 8 --precisions amp-fp16 --profile --tasks upernet retinanet --sizes l \
     --methods frozen e3va+fp16 e3va+fp16+compiled
@@ -57,12 +64,9 @@ train --train-args amp --work-dir work_dirs/backbones --out results/backbones.js
 
 # Plain ViTs.
 ade=configs/ade20k/dinov2
-for methods in 'frozen e3va+bf16 e3va+bf16+taps-float8 lora full' e3va; do
-    # shellcheck disable=SC2086
-    measure --out results/benchmark_dinov2.json --batch-sizes 2 --image-sizes 512x512 896x896 --tasks \
-        --configs ${ade}-l_upernet_8xb2-160k_ade20k-512x512.py ${ade}-g_upernet_8xb2-160k_ade20k-512x512.py \
-        --methods $methods
-done
+measure --out results/benchmark_dinov2.json --batch-sizes 2 --image-sizes 512x512 896x896 --tasks \
+    --configs ${ade}-l_upernet_8xb2-160k_ade20k-512x512.py ${ade}-g_upernet_8xb2-160k_ade20k-512x512.py \
+    --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full
 
 # All methods on the small sets, and what they cost: first those that E³VA is to be level with.
 for methods in 'e3va+mixer e3va+mixer48x2 mona adapter lora' 'bitfit normtuning partial adaptformer lorand lst dtl'; do

@@ -15,35 +15,6 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 MARKERS = 'osD^vPX*<>'
-# Columns and rows of the README's overview; the rows are methods at batch 8 with fp32 heads.
-OVERVIEW_MODELS = {
-    'upernet swin-l': 'UPerNet Swin-L, 512²',
-    'cascade-mask-rcnn swin-b': 'Cascade Mask R-CNN Swin-B, 800 × 1344',
-    'retinanet swin-l': 'RetinaNet Swin-L, 800 × 1344',
-}
-OVERVIEW_METHODS = {
-    'full': 'full fine-tuning',
-    'full+checkpointed': 'full, activation checkpointing',
-    'frozen': 'frozen backbone',
-    'e3va': 'E³VA, `frozen_dtype=None`',
-    'e3va+bf16': 'E³VA, `bf16` (default)',
-    'e3va+bf16+taps-float8': 'E³VA, `bf16`, `taps-float8`',
-    'e3va+bf16+taps-float8+sampled': '… and `saved_fraction=0.125`',
-}
-# Rows of the table of ratios: label, batch size, precision, method, key.
-RATIOS = [
-    ('batch 8: memory, `bf16`', 8, 'fp32', 'e3va+bf16', 'peak_memory_mib'),
-    ('batch 8: memory, `bf16+taps-float8`', 8, 'fp32', 'e3va+bf16+taps-float8', 'peak_memory_mib'),
-    ('batch 8: memory, … `+sampled`', 8, 'fp32', 'e3va+bf16+taps-float8+sampled', 'peak_memory_mib'),
-    ('batch 8: time, no option', 8, 'fp32', 'e3va', 'step_seconds'),
-    ('batch 8: time, `bf16`', 8, 'fp32', 'e3va+bf16', 'step_seconds'),
-    ('batch 8: time of kernels without copies from the host, `bf16`', 8, 'fp32', 'e3va+bf16', 'kernel_seconds'),
-    ('batch 8, AMP: time, `fp16`', 8, 'amp-fp16', 'e3va+fp16', 'step_seconds'),
-    ('batch 8, AMP: time, `fp16+compiled`', 8, 'amp-fp16', 'e3va+fp16+compiled', 'step_seconds'),
-    ('batch 8, AMP: memory, `fp16+taps-float8`', 8, 'amp-fp16', 'e3va+fp16+taps-float8', 'peak_memory_mib'),
-    ('batch 2: time, `bf16`', 2, 'fp32', 'e3va+bf16', 'step_seconds'),
-    ('batch 2: memory, `bf16`', 2, 'fp32', 'e3va+bf16', 'peak_memory_mib'),
-]
 
 
 def load_rows(path: str | Path) -> list[dict]:
@@ -97,11 +68,12 @@ def format_tables(rows: list[dict]) -> str:
             parts.append('\n'.join(f'{model}, {row["method"]}: does not train under {cap} GiB' for row in group))
             continue
         title = f'**{model}, {height}×{width}, batch {batch}, {precision}** ({device}{f", {cap} GiB" if cap else ""})'
-        parts.append(f'{title}\n\n{_table(group)}')
+        parts.append(f'{title}\n\n{format_table(group)}')
     return '\n\n'.join(parts)
 
 
-def _table(group: list[dict]) -> str:
+def format_table(group: list[dict]) -> str:
+    """A row a method; all of one model, image size, precision and batch size."""
     by_method = {row['method']: row for row in group}
     lines = [
         '| method | peak memory | of full | of frozen | kept in backbone | step (quartiles) | of full | of frozen |',
@@ -121,45 +93,6 @@ def _table(group: list[dict]) -> str:
 
 def _ratio(row: dict, reference: dict | None, key: str) -> str:
     return f'{row[key] / reference[key]:.2f}' if reference else ''
-
-
-def format_overview(*paths: str | Path) -> str:
-    """Memory and time of the tasks at batch 8 with fp32 heads; a row a method."""
-    cells = {
-        (row['model'], row['method']): f'{row["peak_memory_mib"] / 1024:.1f} GiB / {1000 * row["step_seconds"]:.0f} ms'
-        for path in paths
-        for row in load_rows(path)
-        if (row['batch_size'], row['precision']) == (8, 'fp32')
-    }
-    lines = ['| peak memory / step | ' + ' | '.join(OVERVIEW_MODELS.values()) + ' |', '|---' * 4 + '|']
-    for method, label in OVERVIEW_METHODS.items():
-        lines.append(f'| {label} | ' + ' | '.join(cells[model, method] for model in OVERVIEW_MODELS) + ' |')
-    return '\n'.join(lines)
-
-
-def format_one_setting(path: str | Path, model: str, image_size: tuple[int, int]) -> str:
-    """The table of one model at one image size (a single precision and batch size), without its title."""
-    rows = [row for row in load_rows(path) if row['model'] == model and row['image_size'] == list(image_size)]
-    return _table(rows)
-
-
-def format_ratios(*paths: str | Path) -> str:
-    """Memory and time in units of the frozen backbone's in the same file; the last file that has both counts."""
-    ratios = {}
-    for path in paths:
-        keys = ('model', 'batch_size', 'precision', 'memory_cap')
-        for (model, batch, precision, _), group in group_rows(load_rows(path), *keys).items():
-            by_method = {row['method']: row for row in group if row['batch_size']}
-            frozen = by_method.get('frozen')
-            for method, row in by_method.items():
-                for key in ('peak_memory_mib', 'step_seconds', 'kernel_seconds'):
-                    if frozen and key in row and key in frozen:
-                        ratios[model, batch, precision, method, key] = row[key] / frozen[key]
-    lines = ['| of frozen | ' + ' | '.join(OVERVIEW_MODELS.values()) + ' |', '|---' * 4 + '|']
-    for label, *setting in RATIOS:
-        values = [ratios.get((model, *setting)) for model in OVERVIEW_MODELS]
-        lines.append(f'| {label} | ' + ' | '.join(f'{value:.2f}' if value else '' for value in values) + ' |')
-    return '\n'.join(lines)
 
 
 def format_phases(rows: list[dict]) -> str:

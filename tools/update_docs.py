@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes the tables in README.md and docs/ anew from the result files; what is around them is written by hand.
+"""Makes the tables and plots of README.md and docs/ anew from the result files; what is around them is written by hand.
 
 A table lies between ``<!-- NAME -->`` and ``<!-- end of NAME -->``; :data:`SECTIONS` says what it is made of.
 """
@@ -7,14 +7,46 @@ A table lies between ``<!-- NAME -->`` and ``<!-- end of NAME -->``; :data:`SECT
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import demo
 import summarize
-import summarize_benchmark
 from experiments import ROOT
+from summarize_benchmark import draw, format_table, group_rows, load_rows, report
+
+# Columns and rows of the README's overview; the rows are methods at batch 8 with fp32 heads.
+OVERVIEW_MODELS = {
+    'upernet swin-l': 'UPerNet Swin-L, 512²',
+    'cascade-mask-rcnn swin-b': 'Cascade Mask R-CNN Swin-B, 800 × 1344',
+    'retinanet swin-l': 'RetinaNet Swin-L, 800 × 1344',
+}
+OVERVIEW_METHODS = {
+    'full': 'full fine-tuning',
+    'full+checkpointed': 'full, activation checkpointing',
+    'frozen': 'frozen backbone',
+    'e3va': 'E³VA, `frozen_dtype=None`',
+    'e3va+bf16': 'E³VA, `bf16` (default)',
+    'e3va+bf16+taps-float8': 'E³VA, `bf16`, `taps-float8`',
+    'e3va+bf16+taps-float8+sampled': '… and `saved_fraction=0.125`',
+}
+# Rows of the table of ratios: label, batch size, precision, method, key.
+RATIOS = [
+    ('batch 8: memory, `bf16`', 8, 'fp32', 'e3va+bf16', 'peak_memory_mib'),
+    ('batch 8: memory, `bf16+taps-float8`', 8, 'fp32', 'e3va+bf16+taps-float8', 'peak_memory_mib'),
+    ('batch 8: memory, … `+sampled`', 8, 'fp32', 'e3va+bf16+taps-float8+sampled', 'peak_memory_mib'),
+    ('batch 8: time, no option', 8, 'fp32', 'e3va', 'step_seconds'),
+    ('batch 8: time, `bf16`', 8, 'fp32', 'e3va+bf16', 'step_seconds'),
+    ('batch 8: time of kernels without copies from the host, `bf16`', 8, 'fp32', 'e3va+bf16', 'kernel_seconds'),
+    ('batch 8, AMP: time, `fp16`', 8, 'amp-fp16', 'e3va+fp16', 'step_seconds'),
+    ('batch 8, AMP: time, `fp16+compiled`', 8, 'amp-fp16', 'e3va+fp16+compiled', 'step_seconds'),
+    ('batch 8, AMP: memory, `fp16+taps-float8`', 8, 'amp-fp16', 'e3va+fp16+taps-float8', 'peak_memory_mib'),
+    ('batch 2: time, `bf16`', 2, 'fp32', 'e3va+bf16', 'step_seconds'),
+    ('batch 2: memory, `bf16`', 2, 'fp32', 'e3va+bf16', 'peak_memory_mib'),
+]
 
 
 def _demo(path: Path) -> str:
@@ -26,13 +58,45 @@ def _accuracy(path: Path) -> str:
 
 
 def _dinov2(path: Path) -> str:
-    return summarize_benchmark.format_one_setting(path, 'dinov2-g_upernet_8xb2-160k_ade20k-512x512', (896, 896))
+    return format_table([row for row in load_rows(path) if '-g_' in row['model'] and row['image_size'] == [896, 896]])
+
+
+def format_overview(path: Path) -> str:
+    """Memory and time of the tasks at batch 8 with fp32 heads; a row a method."""
+    cells = {
+        (row['model'], row['method']): f'{row["peak_memory_mib"] / 1024:.1f} GiB / {1000 * row["step_seconds"]:.0f} ms'
+        for row in load_rows(path)
+        if (row['batch_size'], row['precision']) == (8, 'fp32')
+    }
+    lines = ['| peak memory / step | ' + ' | '.join(OVERVIEW_MODELS.values()) + ' |', '|---' * 4 + '|']
+    for method, label in OVERVIEW_METHODS.items():
+        lines.append(f'| {label} | ' + ' | '.join(cells[model, method] for model in OVERVIEW_MODELS) + ' |')
+    return '\n'.join(lines)
+
+
+def format_ratios(*paths: Path) -> str:
+    """Memory and time in units of the frozen backbone's in the same file; the last file that has both counts."""
+    ratios = {}
+    for path in paths:
+        keys = ('model', 'batch_size', 'precision', 'memory_cap')
+        for (model, batch, precision, _), group in group_rows(load_rows(path), *keys).items():
+            by_method = {row['method']: row for row in group if row['batch_size']}
+            frozen = by_method.get('frozen')
+            for method, row in by_method.items():
+                for key in ('peak_memory_mib', 'step_seconds', 'kernel_seconds'):
+                    if frozen and key in row and key in frozen:
+                        ratios[model, batch, precision, method, key] = row[key] / frozen[key]
+    lines = ['| of frozen | ' + ' | '.join(OVERVIEW_MODELS.values()) + ' |', '|---' * 4 + '|']
+    for label, *setting in RATIOS:
+        values = [ratios.get((model, *setting)) for model in OVERVIEW_MODELS]
+        lines.append(f'| {label} | ' + ' | '.join(f'{value:.2f}' if value else '' for value in values) + ' |')
+    return '\n'.join(lines)
 
 
 # Page, name, what makes the table, and the result files it is made of.
 SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'demo table', _demo, ('demo',)),
-    ('README.md', 'performance table', summarize_benchmark.format_overview, ('benchmark_gpu', 'benchmark_cascade')),
+    ('README.md', 'performance table', format_overview, ('benchmark_gpu',)),
     ('README.md', 'dinov2 table', _dinov2, ('benchmark_dinov2',)),
     ('README.md', 'results table', _accuracy, ('small_sets',)),
     ('docs/methods.md', 'shapes methods', _accuracy, ('shapes_methods_cpu',)),
@@ -40,17 +104,11 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/methods.md', 'rates', _accuracy, ('rates',)),
     ('docs/backbones.md', 'backbones', _accuracy, ('backbones',)),
     ('docs/performance.md', 'guard', _accuracy, ('guard',)),
-    (
-        'docs/performance.md',
-        'of frozen',
-        summarize_benchmark.format_ratios,
-        ('benchmark_gpu', 'benchmark_cascade', 'benchmark_compiled'),
-    ),
+    ('docs/performance.md', 'of frozen', format_ratios, ('benchmark_gpu', 'benchmark_compiled')),
     *(
-        ('docs/benchmarks.md', name, summarize_benchmark.report, (name,))
+        ('docs/benchmarks.md', name, report, (name,))
         for name in (
             'benchmark_gpu',
-            'benchmark_cascade',
             'benchmark_compiled',
             'benchmark_dinov2',
             'benchmark_cpu',
@@ -83,13 +141,26 @@ def updated_pages() -> dict[str, str]:
     return pages
 
 
+def redraw(pages: dict[str, str]) -> None:
+    """Draws the plots of measurements that a page shows into docs/images."""
+    shown, images = ''.join(pages.values()), ROOT / 'docs/images'
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (ROOT / 'results').glob('benchmark_*.json'):
+            draw(load_rows(path), Path(folder), path.stem)
+        for plot in Path(folder).iterdir():
+            if plot.name in shown:
+                shutil.copy(plot, images)
+    methods = json.loads((ROOT / 'results/shapes_methods_cpu.json').read_text())
+    summarize.draw(methods, images / 'shapes_methods_cpu.png')
+
+
 def main() -> None:
     if sys.argv[1:]:
         sys.exit(f'usage: python tools/update_docs.py\n\n{__doc__}')
-    for page, text in updated_pages().items():
-        if (ROOT / page).read_text() != text:
-            (ROOT / page).write_text(text)
-            print(f'{page} has changed')
+    pages = updated_pages()
+    for page, text in pages.items():
+        (ROOT / page).write_text(text)
+    redraw(pages)
 
 
 if __name__ == '__main__':
