@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -193,7 +194,7 @@ def test_a_share_of_the_schedule():
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path, monkeypatch):
-    def call_tool(tool, log):
+    def call_tool(tool, log, variables):
         if 'bad.py' in tool:
             raise RuntimeError('bad.py failed')
         (log.parent / 'run_report.json').write_text('{}')
@@ -204,6 +205,25 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r'bad\.py failed'):
         experiments.run_all(runs, tmp_path, done=lambda run, result: done.append(run.config))
     assert done == ['good.py']
+
+
+@pytest.mark.parametrize(
+    ('visible', 'count', 'expected'),
+    [('', 2, ['0', '1', '0']), ('5,7', 2, ['5', '7', '5']), ('', 1, [None] * 3), ('', 0, [None] * 3)],
+)
+def test_jobs_are_spread_over_the_gpus(visible, count, expected, tmp_path, monkeypatch):
+    given, together = [], threading.Barrier(3)
+
+    def call_tool(tool, log, variables):
+        given.append(variables.get('CUDA_VISIBLE_DEVICES'))
+        together.wait(timeout=30)
+        (log.parent / 'run_report.json').write_text('{}')
+
+    monkeypatch.setattr(experiments, 'call_tool', call_tool)
+    monkeypatch.setattr(experiments.torch.cuda, 'device_count', lambda: count)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    experiments.run_all([experiments.Run('a.py', 'e3va', seed) for seed in range(3)], tmp_path, jobs=3)
+    assert sorted(given, key=str) == sorted(expected, key=str)
 
 
 def test_runs_that_time_leaves_out_are_said(tmp_path, monkeypatch):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import platform
+import queue
 import subprocess
 import sys
 import time
@@ -13,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import mmengine
+import torch
 from mmengine.config import Config
 
 import e3va_mm  # noqa: F401  (makes configs that derive from `mmseg::` loadable)
@@ -50,6 +54,8 @@ def run_all(
 ) -> dict[str, dict]:
     """Runs the experiments, ``jobs`` at a time, in folders of ``work_dir``; finished ones are not run again.
 
+    Each run has one GPU; where there are several, the jobs are spread over them.
+
     Args:
         done: called with each run and its result as soon as it ends.
         time_limit: seconds after which no further run is started.
@@ -63,15 +69,21 @@ def run_all(
     started, failures = time.monotonic(), []
     # Every process would otherwise start a thread on every core.
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // jobs)))
+    slots: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    for _, variables in zip(range(jobs), itertools.cycle(_one_gpu_each())):
+        slots.put(variables)
 
     def work(run: Run) -> dict:
         if time.monotonic() - started > time_limit:
             return {}
+        variables = slots.get()
         try:
-            result = run_one(run, work_dir / run.name)
+            result = run_one(run, work_dir / run.name, variables)
         except RuntimeError as error:
             failures.append(str(error))
             return {}
+        finally:
+            slots.put(variables)
         done(run, result)
         return result
 
@@ -82,8 +94,19 @@ def run_all(
     return results
 
 
-def run_one(run: Run, work_dir: Path) -> dict:
-    """Trains one config, resuming if that was interrupted; its metrics are those of the validation at the end."""
+def _one_gpu_each() -> list[dict[str, str]]:
+    """The environment variables that give a process one of the GPUs; a single empty dict if there is no choice."""
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    gpus = visible.split(',') if visible else [str(index) for index in range(torch.cuda.device_count())]
+    return [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus] if len(gpus) > 1 else [{}]
+
+
+def run_one(run: Run, work_dir: Path, variables: dict[str, str] | None = None) -> dict:
+    """Trains one config, resuming if that was interrupted; its metrics are those of the validation at the end.
+
+    Args:
+        variables: set in the environment of the training.
+    """
     result = work_dir / 'result.json'
     if result.is_file():
         return json.loads(result.read_text())
@@ -92,7 +115,7 @@ def run_one(run: Run, work_dir: Path) -> dict:
     options = [f'randomness.seed={run.seed}', *run.cfg_options]
     if run.learning_rate is not None:
         options.append(f'optim_wrapper.optimizer.lr={run.learning_rate:g}')
-    call_tool([*command, '--cfg-options', *options], work_dir / 'train.log')
+    call_tool([*command, '--cfg-options', *options], work_dir / 'train.log', variables)
     content = {
         'config': run.config,
         'method': run.method,
@@ -116,9 +139,12 @@ def shorten(config: str, share: float) -> list[str]:
     return [f'{key}={iterations}' for key in keys]
 
 
-def call_tool(tool: list[str], log: Path) -> None:
+def call_tool(tool: list[str], log: Path, variables: dict[str, str] | None = None) -> None:
+    environment = {**os.environ, **(variables or {})}
     with log.open('w') as file:
-        code = subprocess.call([sys.executable, *tool], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        code = subprocess.call(
+            [sys.executable, *tool], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
     if code:
         tail = '\n'.join(log.read_text(errors='replace').splitlines()[-15:])
         raise RuntimeError(f'{" ".join(tool)} failed with exit code {code}, log in {log}:\n{tail}')
@@ -126,9 +152,6 @@ def call_tool(tool: list[str], log: Path) -> None:
 
 def provenance(commit: str | None = None) -> dict:
     """What a result file says of where its numbers come from."""
-    import mmengine
-    import torch
-
     return {
         'device': torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu ({platform.machine()})',
         'python': platform.python_version(),

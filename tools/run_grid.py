@@ -46,7 +46,12 @@ def parse_args() -> argparse.Namespace:
         '--rates-from', metavar='JSON', help="each method's best learning rate in this result of a grid of rates"
     )
     parser.add_argument('--schedule', type=float, default=1.0, help="share of the config's iterations to train for")
-    parser.add_argument('--jobs', type=int, default=1, help='runs at a time; step times then include the contention')
+    parser.add_argument(
+        '--jobs',
+        type=int,
+        default=1,
+        help='runs at a time, spread over the GPUs; step times then include the contention',
+    )
     parser.add_argument('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='overrides for all runs, as for tools/train.py')
     parser.add_argument('--work-dir', default='work_dirs/grid')
