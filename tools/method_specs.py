@@ -29,7 +29,6 @@ OPTIONS = {
     'mixer': dict(mixer=dict(width=32)),
     'mixer64': dict(mixer=dict(width=64)),
     'mixer48x2': dict(mixer=dict(width=48, depth=2)),
-    'mixer32x3': dict(mixer=dict(width=32, depth=3)),
     'rank16': dict(adapter=dict(rank=16)),
     'kaiming': dict(init='kaiming'),
     'compiled': dict(compile_frozen=True),
