@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .stages import ChannelAffine, Size, from_nchw, pool_and_pad
-from .taps import StageStart
+from .taps import WHOLE, StageStart
 
 
 class Recorded(NamedTuple):
@@ -51,7 +51,8 @@ class CustomTaps:
         if not self.num_stages:
             raise ValueError(f'taps={stages!r} has no stage with an output')
         self.embed_dims = [stage['dims'] for stage in stages[: self.num_stages]]
-        self.num_taps = [len(branches) for branches in self.branches[: self.num_stages]]
+        # Blocks are not known: a stage counts as one.
+        self.block_taps = [[len(branches)] for branches in self.branches[: self.num_stages]]
         self.norm_names = [f'e3va_norm{index}' for index in self.out_indices]
         for name, index in zip(self.norm_names, self.out_indices):
             backbone.add_module(name, ChannelAffine(self.embed_dims[index]))
@@ -72,7 +73,7 @@ class CustomTaps:
         return Recorded(taps, ends), ends[0][1]
 
     def _check(self, taps: list[list[Tensor]], ends: list) -> None:
-        for index, (dims, number) in enumerate(zip(self.embed_dims, self.num_taps)):
+        for index, (dims, (number,)) in enumerate(zip(self.embed_dims, self.block_taps)):
             shapes = [tuple(tap.shape) for tap in taps[index]]
             end = tuple(ends[index][0].shape) if ends[index] else None
             if end is None or end[-1] != dims or shapes != [end] * number:
@@ -81,7 +82,9 @@ class CustomTaps:
                     f'(B, H * W, C), the taps were {shapes} and the end {end}'
                 )
 
-    def run_stage(self, index: int, recorded: Recorded, size: Size, visit: Callable[[Tensor], None]) -> Recorded:
+    def run_stage(
+        self, index: int, recorded: Recorded, size: Size, visit: Callable[[Tensor], None], blocks: slice = WHOLE
+    ) -> Recorded:
         for tap in recorded.taps[index]:
             visit(tap)
         return recorded._replace(index=index)

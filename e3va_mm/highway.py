@@ -1,4 +1,4 @@
-"""The trainable highway, a stage at a time (arXiv 2306.09729, section 3).
+"""The trainable highway, a stage (or a segment of one) at a time (arXiv 2306.09729, section 3).
 
 Within a stage the paper adds to the highway state, block by block, every tap and its adapter's delta::
 
@@ -26,7 +26,7 @@ BASES = ('learned', 'pca')
 
 
 class StageHighway(nn.Module):
-    """The adapters of one stage; ``49.5 C + 128`` parameters each at the defaults.
+    """The adapters of one stage, or of a segment of it; ``49.5 C + 128`` parameters each at the defaults.
 
     Args:
         num_adapters: taps of the stage: two a block for Swin.
@@ -156,7 +156,8 @@ class Recomputed(torch.autograd.Function):
     keep the inputs of each of its norms, in fp32.
 
     Args (of ``apply``):
-        function: a tensor to a tuple of tensors, using ``parameters`` and constants.
+        function: a tensor to a tuple of tensors (or ``None``), using ``parameters`` and constants. No gradient flows
+            through outputs that it has detached.
         limit: dtype, or ``None`` to keep the state as it is and the gradients exact.
         state: (...).
         parameters: the trained parameters that ``function`` uses.
@@ -165,6 +166,7 @@ class Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, limit, state, *parameters):
         device = state.device.type
+        ctx.set_materialize_grads(False)
         ctx.function, ctx.dtype = function, state.dtype
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(state.to(stored_dtype(state.dtype, limit)), *parameters)
@@ -179,6 +181,9 @@ class Recomputed(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             # A view, because module hooks (FlopCounterMode has them) refuse leaves inside of autograd.grad.
             outputs = ctx.function(state.view_as(state))
+        # An output that nothing has used still has a gradient, of zero: its parameters are no idle ones to DDP.
+        used = [(output, grad) for output, grad in zip(outputs, grads) if output is not None and output.requires_grad]
+        outputs, grads = zip(*((output, torch.zeros_like(output) if grad is None else grad) for output, grad in used))
         return (None, None, *torch.autograd.grad(outputs, (state, *parameters), grads))
 
 

@@ -7,6 +7,7 @@ modules of the wrapped backbone and copies none of their code.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from .stages import MiTStages, Size, Stages
 from .window_attention import WindowLayout, fused_window_attention, window_bias, window_layout
+
+# All blocks of a stage.
+WHOLE = slice(None)
 
 
 class BlockSites(NamedTuple):
@@ -46,6 +50,12 @@ class SwinTaps:
         compile_blocks: run the blocks through ``torch.compile``, which fuses norms, casts and activations. Each image
             size takes two graphs a stage; past ``torch._dynamo.config.recompile_limit`` (8: the first batch shape of a
             four-stage Swin) other shapes run uncompiled.
+
+    Attributes:
+        out_indices: stages that have an output.
+        embed_dims: width of each stage.
+        block_taps: of each stage, the number of taps in each of its blocks.
+        norm_names: the output norms, in the backbone.
     """
 
     def __init__(self, backbone: nn.Module, compile_blocks: bool = False) -> None:
@@ -54,7 +64,7 @@ class SwinTaps:
         # Stages behind the last output would never get a gradient, and DDP would wait for it.
         self.num_stages = max(self.out_indices) + 1
         self.embed_dims = list(backbone.num_features[: self.num_stages])
-        self.num_taps = [2 * len(stage.blocks) for stage in backbone.stages[: self.num_stages]]
+        self.block_taps = [[2] * len(stage.blocks) for stage in backbone.stages[: self.num_stages]]
         self.norm_names = [f'norm{index}' for index in self.out_indices]
         self._biases: dict[tuple[int, int], tuple[tuple, Tensor]] = {}
         self._run_block = torch.compile(_run_block, dynamic=False) if compile_blocks else _run_block
@@ -67,19 +77,22 @@ class SwinTaps:
         return self.backbone.drop_after_pos(tokens), size
 
     @torch.no_grad()
-    def run_stage(self, index: int, tokens: Tensor, size: Size, visit: Callable[[Tensor], None]) -> Tensor:
-        """Runs the blocks of a stage, without gradient.
+    def run_stage(
+        self, index: int, tokens: Tensor, size: Size, visit: Callable[[Tensor], None], blocks: slice = WHOLE
+    ) -> Tensor:
+        """Runs the blocks of a stage, or some of them, without gradient.
 
         Args:
             index: the stage.
-            tokens: at its start, (B, L, C).
+            tokens: at the start of the first block that is run, (B, L, C).
             size: their height and width.
             visit: is called with every tap, (B, L, C), in the order of execution.
+            blocks: which to run.
 
         Returns:
-            The tokens before the stage's downsampling.
+            The tokens behind the last of them, before the stage's downsampling.
         """
-        for number, block in enumerate(self.backbone.stages[index].blocks):
+        for number, block in list(enumerate(self.backbone.stages[index].blocks))[blocks]:
             prepared = self._prepared((index, number), block, tokens, size)
             tokens, *taps = self._run_block(block, tokens, size, *prepared)
             for tap in taps:
@@ -111,6 +124,10 @@ class SwinTaps:
     def patches(self, tokens: Tensor) -> Tensor:
         """Tokens without those that are no patches."""
         return tokens
+
+    def with_patches(self, tokens: Tensor, patches: Tensor) -> Tensor:
+        """``tokens`` with other patches, in their dtype."""
+        return patches.to(tokens.dtype)
 
     def follow(self, index: int, tokens: Tensor, size: Size) -> StageStart:
         """From the end of a stage to the start of the next."""
@@ -178,11 +195,11 @@ class StagedTaps:
         self.out_indices, self.norm_names = tuple(out_stages), list(norm_names)
         self.num_stages = max(self.out_indices) + 1
         self.embed_dims = self.stages.embed_dims[: self.num_stages]
+        # Of each stage, of each block.
         self.branches = [
-            [branch for block in blocks for branch in self.stages.branches(block)]
-            for blocks in self.stages.blocks[: self.num_stages]
+            [self.stages.branches(block) for block in blocks] for blocks in self.stages.blocks[: self.num_stages]
         ]
-        self.num_taps = [len(modules) for modules in self.branches]
+        self.block_taps = [[len(modules) for modules in blocks] for blocks in self.branches]
 
     def remember(self) -> None:
         self.stages.remember()
@@ -193,19 +210,24 @@ class StagedTaps:
         return tokens.to(torch.promote_types(tokens.dtype, torch.float32)), size
 
     @torch.no_grad()
-    def run_stage(self, index: int, tokens: Tensor, size: Size, visit: Callable[[Tensor], None]) -> Tensor:
+    def run_stage(
+        self, index: int, tokens: Tensor, size: Size, visit: Callable[[Tensor], None], blocks: slice = WHOLE
+    ) -> Tensor:
         def read(module: nn.Module, args: tuple, output: Tensor) -> None:
             visit(self.stages.arrange(module, output, size))
 
         with contextlib.ExitStack() as hooks:
-            for module in self.branches[index]:
+            for module in itertools.chain.from_iterable(self.branches[index][blocks]):
                 hooks.callback(module.register_forward_hook(read).remove)
-            for block in self.stages.blocks[index]:
+            for block in self.stages.blocks[index][blocks]:
                 tokens = self.stages.run_block(block, tokens, size)
         return tokens
 
     def patches(self, tokens: Tensor) -> Tensor:
         return tokens[:, self.stages.num_prefix :]
+
+    def with_patches(self, tokens: Tensor, patches: Tensor) -> Tensor:
+        return torch.cat([tokens[:, : self.stages.num_prefix], patches.to(tokens.dtype)], dim=1)
 
     def follow(self, index: int, tokens: Tensor, size: Size) -> StageStart:
         following, next_size = self.stages.advance(index, tokens, size)

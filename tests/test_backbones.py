@@ -19,6 +19,8 @@ OPTIONS = [
     dict(adapter=dict(mixing=3)),
     dict(mixer=dict(width=4, depth=2)),
     dict(mixer=dict(), saved_dtype='bfloat16', frozen_dtype='bfloat16'),
+    dict(mixer=dict(width=4, every=1), feedback=True),
+    dict(feedback=True, recompute_taps=True, saved_dtype='bfloat16', frozen_dtype='bfloat16'),
 ]
 
 
@@ -166,19 +168,21 @@ def test_saves_a_fraction_of_what_full_backpropagation_saves(monkeypatch):
     assert sampled < 0.04 * full
 
 
+@pytest.mark.parametrize('feedback', [False, True])
 @pytest.mark.parametrize('backbone', [swin(), timm_features('convnext_base')], ids=['mm', 'timm'])
-def test_no_frozen_tokens_outlive_the_forward_pass(backbone, monkeypatch):
+def test_no_frozen_tokens_outlive_the_forward_pass(backbone, feedback, monkeypatch):
     """What closures keep alive costs memory as well, but no hook for saved tensors sees it."""
-    model, references = e3va(backbone), []
+    model, references = e3va(backbone, feedback=feedback), []
 
     def watched(call):
-        def run(*args):
-            results = call(*args)
+        def run(*args, **kwargs):
+            results = call(*args, **kwargs)
             references.append(weakref.ref(results if isinstance(results, torch.Tensor) else results[0]))
             return results
 
         return run
 
+    model(torch.randn(1, 3, 64, 64))  # finds out the sizes of the stages
     for name in ('embed', 'run_stage', 'follow'):
         monkeypatch.setattr(model.taps, name, watched(getattr(model.taps, name)))
     outputs = model(torch.randn(1, 3, 64, 64))
@@ -278,6 +282,7 @@ def test_frozen_method():
         (dict(mixer=True), ValueError, 'mixer must be a dict .* got True'),
         (dict(mixer=dict(width=0)), ValueError, 'mixer.width .* got 0'),
         (dict(mixer=dict(depth=0)), ValueError, 'mixer.depth .* got 0'),
+        (dict(mixer=dict(every=0)), ValueError, 'mixer.every .* got 0'),
         (dict(mixer=dict(kernel_sizes=(3, 4))), ValueError, r'mixer.kernel_sizes .* got \(3, 4\)'),
         (dict(frozen_dtype='int8'), ValueError, "frozen_dtype must be one of .* got 'int8'"),
         (dict(saved_dtype='float4'), ValueError, "saved_dtype must be one of .* got 'float4'"),

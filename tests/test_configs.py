@@ -111,4 +111,4 @@ def test_a_five_line_config(tmp_path):
     )
     config = shrink(Config.fromfile(path))
     init_default_scope('mmseg')
-    assert MODELS.build(config.model).backbone.taps.num_taps == [2, 2, 4, 2]
+    assert MODELS.build(config.model).backbone.taps.block_taps == [[2], [2], [2, 2], [2]]

@@ -58,8 +58,9 @@ def test_gradients_are_those_of_plain_autograd(monkeypatch):
 
 
 def test_keeps_nothing_more_for_the_backward_pass():
-    plain, mixing = (saved_bytes(e3va(**options), images()) for options in ({}, dict(mixer=dict())))
-    assert mixing == plain
+    options = ({}, dict(mixer=dict()), dict(feedback=True), dict(mixer=dict(), feedback=True))
+    plain, *others = (saved_bytes(e3va(**option), images()) for option in options)
+    assert others == [plain] * 3
 
 
 @pytest.mark.parametrize(

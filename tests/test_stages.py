@@ -46,7 +46,7 @@ def test_taps_add_up_to_what_a_stage_does(backbone):
     for index in range(taps.num_stages):
         seen = []
         end = taps.run_stage(index, tokens, size, seen.append)
-        assert len(seen) == taps.num_taps[index]
+        assert len(seen) == sum(taps.block_taps[index])
         assert_close(taps.patches(end), sum(seen, start), rtol=1e-4, atol=1e-4)
         assert size[0] * size[1] == taps.patches(end).shape[1]
         if index + 1 < taps.num_stages:
@@ -105,10 +105,12 @@ def test_compilation_is_for_swin():
         e3va(timm_features(), compile_frozen=True)
 
 
-@pytest.mark.parametrize('option', ['recompute_taps', 'compile_frozen'])
-def test_options_that_taps_from_the_config_do_not_have(option):
-    with pytest.raises(ValueError, match='recompute_taps and compile_frozen need a listed family'):
-        e3va(RESNET, taps=RESNET_TAPS, **{option: True})
+@pytest.mark.parametrize(
+    'options', [dict(recompute_taps=True), dict(compile_frozen=True), dict(feedback=True), dict(mixer=dict(every=1))]
+)
+def test_options_that_taps_from_the_config_do_not_have(options):
+    with pytest.raises(ValueError, match='recompute_taps, compile_frozen, .* need a listed family'):
+        e3va(RESNET, taps=RESNET_TAPS, **options)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +122,7 @@ def test_options_that_taps_from_the_config_do_not_have(option):
         dict(adapter=dict(mixing=3)),
         dict(mixer=dict(width=8)),
         dict(adapter=dict(basis='pca')),
+        dict(mixer=dict(width=8), feedback=True),
     ],
     ids=str,
 )
@@ -171,7 +174,7 @@ def test_taps_from_the_config():
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == name.startswith(('highway.', 'backbone.e3va_norm')), name
         assert (parameter.grad is not None) == parameter.requires_grad, name
-    assert model.taps.num_taps == [2, 2, 2, 2]
+    assert model.taps.block_taps == [[2]] * 4
 
 
 @pytest.mark.parametrize(

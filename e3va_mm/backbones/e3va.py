@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from mmengine.registry import MODELS
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from ..highway import Recomputed, StageHighway
 from ..mixer import build_mixers
 from ..tap_record import TapStorage
-from ..taps import Size
+from ..taps import Size, StageStart
 from .base import FrozenBackbone, parse_dtype
 
 _SAVED_DTYPES = {
@@ -20,7 +22,16 @@ _SAVED_DTYPES = {
     'float8_e4m3fn': getattr(torch, 'float8_e4m3fn', None),
 }
 _ADAPTER_OPTIONS = ('rank', 'branches', 'hidden_ratio', 'basis', 'mixing')
-_MIXER_OPTIONS = ('width', 'kernel_sizes', 'depth')
+_MIXER_OPTIONS = ('width', 'kernel_sizes', 'depth', 'every')
+
+
+class Segment(NamedTuple):
+    """Blocks of a stage whose deltas are evaluated together, and behind which the state is mixed."""
+
+    stage: int
+    blocks: slice
+    num_taps: int
+    ends_stage: bool
 
 
 @MODELS.register_module()
@@ -50,7 +61,12 @@ class E3VABackbone(FrozenBackbone):
         init_cfg, taps: see :class:`FrozenBackbone`.
         mixer: an extension of the paper: at the end of each stage with taps the highway's state goes through ``depth``
             (1) bottlenecks of ``width`` (32) with depthwise convolutions of ``kernel_sizes`` ((3, 5, 7)), see
-            :class:`~e3va_mm.mixer.StateMixer`. ``dict()`` takes the defaults; None has none.
+            :class:`~e3va_mm.mixer.StateMixer`; with ``every`` (None) also within a stage, behind that many blocks.
+            ``dict()`` takes the defaults; None has none.
+        feedback: an extension of the paper: where the state is mixed (without mixers, at the end of each stage), the
+            frozen blocks behind go on from the highway's state, so that they read adapted tokens. The gradient still
+            leaves the blocks out: it takes what they add to be constant. The frozen forward then depends on the
+            adapters, and can not be shared between tasks.
 
     Raises:
         ValueError: an option is unknown or outside its range.
@@ -70,9 +86,11 @@ class E3VABackbone(FrozenBackbone):
         init_cfg: dict | None = None,
         taps: list[dict] | None = None,
         mixer: dict | None = None,
+        feedback: bool = False,
     ) -> None:
-        if taps and (recompute_taps or compile_frozen):
-            raise ValueError('recompute_taps and compile_frozen need a listed family, not taps from the config')
+        if taps and (recompute_taps or compile_frozen or feedback or (isinstance(mixer, dict) and mixer.get('every'))):
+            options = 'recompute_taps, compile_frozen, feedback and mixer.every'
+            raise ValueError(f'{options} need a listed family, not taps from the config')
         super().__init__(backbone, frozen_dtype, init_cfg, compile_frozen, taps)
         _check_option_names('adapter', adapter, _ADAPTER_OPTIONS)
         _check_option_names('mixer', mixer, _MIXER_OPTIONS)
@@ -81,15 +99,16 @@ class E3VABackbone(FrozenBackbone):
         storage = TapStorage(kept_dtype, _parse_fraction(saved_fraction), recompute_taps)
         # The state's rounding reaches the gradients of all earlier stages: 8 bits would be too few.
         self.state_dtype = torch.bfloat16 if saved_dtype else None
+        self._next_sizes: dict[tuple[int, Size], Size] = {}
         options = dict(adapter or {}, init=init, storage=storage)
-        stages = list(zip(self.taps.num_taps, self.taps.embed_dims))
-        self.highway = nn.ModuleList(
-            StageHighway(num_taps, dims, **options) if num_taps else nn.Identity() for num_taps, dims in stages
-        )
-        self.mixers = nn.ModuleList(
-            build_mixers(dims, **mixer) if num_taps and mixer is not None else nn.ModuleList()
-            for num_taps, dims in stages
-        )
+        mixer, every = _split_mixer(mixer)
+        self.feedback = feedback
+        self.segments = _segments(self.taps.block_taps, every)
+        self.highway, self.mixers = nn.ModuleList(), nn.ModuleList()
+        for segment in self.segments:
+            dims, has_taps = self.taps.embed_dims[segment.stage], segment.num_taps > 0
+            self.highway.append(StageHighway(segment.num_taps, dims, **options) if has_taps else nn.Identity())
+            self.mixers.append(build_mixers(dims, **mixer) if has_taps and mixer is not None else nn.ModuleList())
         norms = (self.backbone.get_submodule(name) for name in self.taps.norm_names)
         self.norms = dict(zip(self.taps.out_indices, norms))
         self.freeze_base(
@@ -120,7 +139,7 @@ class E3VABackbone(FrozenBackbone):
             with torch.no_grad():
                 tokens, size = self.taps.embed(images)
             offset, outputs = None, []
-            for index in range(len(self.highway)):
+            for index in range(len(self.segments)):
                 output, tokens, size, offset = self._advance(index, tokens, size, offset)
                 if output is not None:
                     outputs.append(output)
@@ -129,71 +148,113 @@ class E3VABackbone(FrozenBackbone):
     def _advance(
         self, index: int, tokens: Tensor, size: Size, offset: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Size, Tensor | None]:
-        """From the start of a stage to its output (or None) and to the start of the next: tokens, size and offset.
+        """From the start of a segment to its output (or None) and to the start of the next: tokens, size and offset.
 
-        ``offset`` is what the highway carries more than the frozen tokens; None is nothing yet.
+        ``offset`` is what the highway carries more than the frozen tokens; None is nothing yet. With feedback its value
+        is zero at the start of a segment, and the gradient through it is that of the state.
         """
-        tokens, delta = self._run_stage(index, tokens, size)
-        offset, following = _add(offset, delta), None
-        if index + 1 < len(self.highway):
-            with torch.no_grad():
-                following = self.taps.follow(index, tokens, size)
-        next_size = following.size if following else None
-        results = self._finish_stage(index, self.taps.patches(tokens), offset, size, next_size)
-        output = results[0] if index in self.norms else None
-        if following is None:
+        segment, is_last = self.segments[index], index + 1 == len(self.segments)
+        tokens, delta = self._run_segment(index, tokens, size)
+        offset = _add(offset, delta)
+        next_size = None if is_last else self._next_size(segment, tokens, size)
+        output, carried, mixed = self._finish_segment(index, self.taps.patches(tokens), offset, size, next_size)
+        if is_last:
             return output, tokens, size, offset
+        if mixed is not None and offset is not None:
+            tokens = self.taps.with_patches(tokens, mixed)
+        following = self._follow(segment, tokens, size)
         if offset is not None:
-            offset = results[-1].to(offset.dtype) - following.carried
+            offset = carried.to(offset.dtype) - following.carried
         return output, following.tokens, next_size, offset
 
-    def _run_stage(self, index: int, tokens: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
-        """The frozen tokens behind a stage's blocks, and the sum of its deltas, if it has taps."""
-        stage = self.highway[index]
-        if not self.taps.num_taps[index]:
-            return self.taps.run_stage(index, tokens, size, lambda tap: None), None
-        if self.training and stage.needs_basis():
-            self.taps.run_stage(index, tokens, size, stage.fit_basis())
-        record = stage.record()
-        end = self.taps.run_stage(index, tokens, size, record.add)
-        if stage.storage.recompute:
-            record.rerun = self._rerun(index, tokens, size)
-        delta = stage(record, size)
+    @torch.no_grad()
+    def _follow(self, segment: Segment, tokens: Tensor, size: Size) -> StageStart:
+        """The frozen tokens from the end of a segment to the start of the next."""
+        if segment.ends_stage:
+            return self.taps.follow(segment.stage, tokens, size)
+        return StageStart(tokens, size, self.taps.patches(tokens))
+
+    def _next_size(self, segment: Segment, tokens: Tensor, size: Size) -> Size:
+        """The size at the start of the next segment; each is found out once."""
+        if not segment.ends_stage:
+            return size
+        key = segment.stage, tuple(size)
+        if key not in self._next_sizes:
+            self._next_sizes[key] = self._follow(segment, tokens, size).size
+        return self._next_sizes[key]
+
+    def _run_segment(self, index: int, tokens: Tensor, size: Size) -> tuple[Tensor, Tensor | None]:
+        """The frozen tokens behind a segment's blocks, and the sum of its deltas, if it has taps."""
+        highway, segment = self.highway[index], self.segments[index]
+        run = partial(self.taps.run_stage, segment.stage, tokens, size, blocks=segment.blocks)
+        if not segment.num_taps:
+            return run(visit=lambda tap: None), None
+        if self.training and highway.needs_basis():
+            run(visit=highway.fit_basis())
+        record = highway.record()
+        end = run(visit=record.add)
+        if highway.storage.recompute:
+            record.rerun = _under_this_autocast(run, tokens.device.type)
+        delta = highway(record, size)
         # At least fp32, also for half-precision deltas: they are summed over the whole depth.
         return end, delta.to(torch.promote_types(delta.dtype, torch.float32))
 
-    def _rerun(self, index: int, tokens: Tensor, size: Size) -> Callable:
-        """Runs a stage once more, outside of this forward pass but under the same autocast."""
-        device = tokens.device.type
-        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-
-        def rerun(visit: Callable[[Tensor], None]) -> None:
-            with torch.autocast(device, dtype=dtype, enabled=enabled):
-                self.taps.run_stage(index, tokens, size, visit)
-
-        return rerun
-
-    def _finish_stage(
+    def _finish_segment(
         self, index: int, tokens: Tensor, offset: Tensor | None, size: Size, next_size: Size | None
-    ) -> tuple[Tensor, ...]:
-        """The stage's output (if it has one) and the highway's state at the start of the next (if there is one)."""
-        norm, mixers, dtype = self.norms.get(index), self.mixers[index], tokens.dtype
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The segment's output, the state at the start of the next segment, and the mixed state for feedback."""
+        segment, mixers, dtype = self.segments[index], self.mixers[index], tokens.dtype
+        norm = self.norms.get(segment.stage) if segment.ends_stage else None
 
         # Lives as long as the graph: a tensor that it named would be kept as well.
-        def finish(state: Tensor) -> tuple[Tensor, ...]:
+        def finish(state: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
             for mixer in mixers:
                 state = mixer(state, size)
-            outputs = () if norm is None else (self._output(norm, state, dtype, size),)
-            return (*outputs, self.taps.carry(index, state, size, next_size)) if next_size else outputs
+            output = None if norm is None else self._output(norm, state, dtype, size)
+            carried = state if next_size else None
+            if next_size and segment.ends_stage:
+                carried = self.taps.carry(segment.stage, state, size, next_size)
+            return output, carried, state.detach() if next_size and self.feedback else None
 
         # Mixers, output norm and downsampling are cheap and start from the same state, so one copy of it serves all.
         parameters = (*mixers.parameters(), *(() if norm is None else norm.parameters()))
-        return Recomputed.apply(finish, self.state_dtype, _add(tokens, offset), *parameters)
+        output, carried, mixed = Recomputed.apply(finish, self.state_dtype, _add(tokens, offset), *parameters)
+        return output, carried, None if mixed is None else mixed.detach()
 
     def _output(self, norm: nn.Module, state: Tensor, dtype: torch.dtype, size: Size) -> Tensor:
         # As the stock backbone's: in the dtype that its tokens have, but for a reduced frozen forward.
         normed = norm(state if self.frozen_dtype else state.to(dtype))
         return self.restore_dtype(normed.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
+
+
+def _segments(block_taps: list[list[int]], every: int | None) -> list[Segment]:
+    """The stages, cut behind each ``every`` blocks."""
+    segments = []
+    for stage, counts in enumerate(block_taps):
+        length = every or max(1, len(counts))
+        for start in range(0, max(1, len(counts)), length):
+            stop = start + length
+            segments.append(Segment(stage, slice(start, stop), sum(counts[start:stop]), stop >= len(counts)))
+    return segments
+
+
+def _split_mixer(mixer: dict | None) -> tuple[dict | None, int | None]:
+    """The options of a mixer, and the number of blocks between mixers."""
+    every = (mixer or {}).get('every')
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f'mixer.every must be None or an integer of at least 1, got {every!r}')
+    return None if mixer is None else {name: value for name, value in mixer.items() if name != 'every'}, every
+
+
+def _under_this_autocast(run: Callable, device: str) -> Callable[[Callable[[Tensor], None]], None]:
+    """``run(visit=...)`` outside of this forward pass but under the same autocast."""
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+    def rerun(visit: Callable[[Tensor], None]) -> None:
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            run(visit=visit)
+
+    return rerun
 
 
 def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
