@@ -87,6 +87,21 @@ def test_table_and_plot(tmp_path):
     assert (tmp_path / 'plot.png').stat().st_size > 5000
 
 
+def test_a_column_a_data_set():
+    camvid = 'configs/camvid/swin-nano_upernet_1xb16-600_camvid-352x480.py'
+    runs = {'a': result('e3va', 40), 'b': result('e3va', 50, camvid), 'c': result('e3va', 52, camvid)}
+    lines = summarize.pivot({'runs': {**runs, 'd': result('frozen', 38)}}).splitlines()
+    assert lines[0].endswith('| camvid: mIoU (%), memory | shapes-96x96: mIoU (%), memory |')
+    assert lines[2:] == [
+        '| frozen | 7 |  | 38.0, 100 MiB |',
+        '| E³VA | 7 | 51.0 ± 1.4, 100 MiB | 40.0, 100 MiB |',
+    ]
+
+
+def test_equal_places_are_drawn_side_by_side():
+    assert summarize._side_by_side({'a': 100.0, 'b': 0.0, 'c': 0.0}) == {'b': 0.0, 'c': 2.0, 'a': 100.0}
+
+
 def test_a_row_a_learning_rate():
     runs = {rate: {**result('e3va', 40), 'learning_rate': rate} for rate in (1e-3, 3e-3)}
     rows = summarize.summarize({'runs': runs}).splitlines()[2:]

@@ -40,31 +40,34 @@ def test_mixers_tell_the_demo_from_frozen():
 
 
 def test_sentences_on_the_small_sets():
-    """What the README says of means and single seeds."""
-    from summarize import values_of
+    """What the README says of means and memory."""
+    from summarize import group_runs, peak_memory, values_of
 
-    runs = json.loads((ROOT / 'results/small_sets.json').read_text())['runs'].values()
-    values = {}
-    for run in runs:
-        dataset = run['config'].split('/')[1]
-        (values[dataset, run['method'], run['seed']],) = values_of(dataset, [run])
-
-    def leads(dataset, method, other):
-        return [round(values[dataset, method, seed] - values[dataset, other, seed], 1) for seed in (0, 1, 2)]
-
-    def mean_lead(dataset, method, other):
-        difference = sum(values[dataset, method, seed] - values[dataset, other, seed] for seed in (0, 1, 2))
-        return round(difference / 3, 1)
-
+    groups = group_runs(json.loads((ROOT / 'results/small_sets.json').read_text()))
+    means = {
+        name: {method: sum(values_of(name, runs)) / len(runs) for method, runs in methods.items()}
+        for name, methods in groups.items()
+    }
+    assert {len(runs) for methods in groups.values() for runs in methods.values()} == {3}
     text = ' '.join((ROOT / 'README.md').read_text().split())
-    sets = ('camvid', 'bccd', 'nuclei')
-    assert [mean_lead(name, 'e3va', 'frozen') for name in sets] == [0.4, 1.2, 0.3]
-    assert 'by 0.4 points on CamVid, 1.2 on BCCD and 0.3 on nuclei' in text
-    assert [mean_lead(name, 'full', 'e3va') for name in sets] == [1.5, 3.4, 0.8]
-    assert 'by 1.5, 3.4 and 0.8 points more' in text
-    assert (min(leads('bccd', 'e3va', 'frozen')), max(leads('bccd', 'e3va', 'frozen'))) == (0.8, 1.8)
-    for name in ('camvid', 'nuclei'):
-        assert sorted(leads(name, 'e3va', 'frozen'))[0] == -0.1 and sorted(leads(name, 'e3va', 'frozen'))[1] > 0
+
+    def leads(method, other):
+        return [f'{means[name][method] - means[name][other]:.1f}' for name in groups]
+
+    def memory(method, other):
+        return [f'{peak_memory(of[method]) / peak_memory(of[other]):.2f}' for of in groups.values()]
+
+    assert 'by {} points on CamVid, {} on BCCD and {} on nuclei'.format(*leads('e3va', 'frozen')) in text
+    ratios = memory('e3va', 'frozen')
+    assert f'for {min(ratios)} to {max(ratios)} of its memory' in text
+    assert {max(('mona', 'lora', 'adapter'), key=of.get) for of in means.values()} == {'mona'}
+    assert 'Mona on each, ahead of E³VA by {}, {} and {} points'.format(*leads('mona', 'e3va')) in text
+    ratios = [float(ratio) for ratio in memory('mona', 'e3va')]
+    assert f'for {min(ratios):.1f} to {max(ratios):.1f} times its memory' in text
+    better = [max(pair) for pair in zip(leads('e3va+mixer', 'e3va'), leads('e3va+mixer48x2', 'e3va'))]
+    assert 'takes {}, {} and {} points of that'.format(*better) in text
+    assert set(memory('e3va+mixer', 'e3va') + memory('e3va+mixer48x2', 'e3va')) == {'1.00'}
+    assert all(means['camvid']['e3va+mixer48x2'] > means['camvid'][method] for method in ('lora', 'adapter'))
 
 
 def test_options_cost_no_accuracy():

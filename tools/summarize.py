@@ -4,6 +4,7 @@
 import argparse
 import itertools
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -77,6 +78,33 @@ def summarize(content: dict) -> str:
     return '\n'.join(lines)
 
 
+def pivot(content: dict) -> str:
+    """The table as text; a row a method, and a column a data set with the metric and the peak memory."""
+    groups = group_runs(content)
+    by_method: dict[str, dict[str, list[dict]]] = {}
+    for dataset, methods in groups.items():
+        for method, runs in methods.items():
+            by_method.setdefault(method, {})[dataset] = runs
+    titles = [f'{dataset}: {metric_of(dataset)[0].split("/")[-1]} (%), memory' for dataset in groups]
+    lines = ['| method | trained in the backbone | ' + ' | '.join(titles) + ' |', '|---' * (2 + len(groups)) + '|']
+    for method, datasets in sorted(by_method.items(), key=lambda item: _order((item[0], next(iter(item[1].values()))))):
+        cells = [
+            f'{_mean_and_spread(dataset, datasets[dataset])}, {peak_memory(datasets[dataset]):.0f} MiB'
+            if dataset in datasets
+            else ''
+            for dataset in groups
+        ]
+        trained = trained_parameters(next(iter(datasets.values()))[0])
+        lines.append(f'| {NAMES.get(method, method)} | {trained:,} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def _mean_and_spread(dataset: str, runs: list[dict]) -> str:
+    values = values_of(dataset, runs)
+    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.1f}{spread}'
+
+
 def _order(item: tuple[str, list[dict]]) -> tuple:
     """Frozen first, full last, the others by their trained parameters, E³VA's variants together."""
     method, runs = item
@@ -84,31 +112,31 @@ def _order(item: tuple[str, list[dict]]) -> tuple:
 
 
 def _row(dataset: str, label: str, runs: list[dict]) -> str:
-    values, report = values_of(dataset, runs), runs[0]['report']
-    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+    report = runs[0]['report']
     # Several runs at a time share the device, and their step times say nothing.
     alone = all(run['jobs'] == 1 for run in runs)
     step = f'{1000 * statistics.median(run["report"]["step_seconds_median"] for run in runs):.0f} ms' if alone else ''
     return (
         f'| {dataset} | {label} | {metric_of(dataset)[0].split("/")[-1]} '
-        f'{statistics.mean(values):.1f}{spread} | {len(values)} | {trained_parameters(runs[0]):,} | '
+        f'{_mean_and_spread(dataset, runs)} | {len(runs)} | {trained_parameters(runs[0]):,} | '
         f'{peak_memory(runs):.0f} MiB | {step} | {report["checkpoint_bytes"] / 2**20:.0f} MiB |'
     )
 
 
 def draw(content: dict, target: Path) -> None:
-    """Accuracy against training memory, a panel a data set and a point a method."""
+    """Accuracy against training memory, a panel a data set and a point a method; those of equal memory side by side."""
     groups = group_runs(content)
     # A method has the same marker in all panels.
     items = {method: runs for methods in groups.values() for method, runs in methods.items()}.items()
     markers = dict(zip((method for method, _ in sorted(items, key=_order)), itertools.cycle(MARKERS)))
     figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4.5), layout='constrained', squeeze=False)
     for axis, (dataset, methods) in zip(axes[0], groups.items()):
+        places = _side_by_side({method: peak_memory(runs) for method, runs in methods.items()})
         for method, runs in sorted(methods.items(), key=_order):
             values = values_of(dataset, runs)
             spread = statistics.stdev(values) if len(values) > 1 else 0
             axis.errorbar(
-                peak_memory(runs),
+                places[method],
                 statistics.mean(values),
                 spread,
                 fmt=markers[method],
@@ -125,6 +153,14 @@ def draw(content: dict, target: Path) -> None:
         axis.legend(fontsize=8)
     figure.savefig(target, dpi=110)
     plt.close(figure)
+
+
+def _side_by_side(places: dict[str, float]) -> dict[str, float]:
+    """The same, with at least a fiftieth of the range between neighbours."""
+    step, last, moved = (max(places.values()) - min(places.values())) / 50, -math.inf, {}
+    for method, place in sorted(places.items(), key=lambda item: item[1]):
+        last = moved[method] = max(place, last + step)
+    return moved
 
 
 if __name__ == '__main__':

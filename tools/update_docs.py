@@ -57,6 +57,10 @@ def _accuracy(path: Path) -> str:
     return summarize.summarize(json.loads(path.read_text()))
 
 
+def _pivot(path: Path) -> str:
+    return summarize.pivot(json.loads(path.read_text()))
+
+
 def _dinov2(path: Path) -> str:
     return format_table([row for row in load_rows(path) if '-g_' in row['model'] and row['image_size'] == [896, 896]])
 
@@ -98,7 +102,8 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'demo table', _demo, ('demo',)),
     ('README.md', 'performance table', format_overview, ('benchmark_gpu',)),
     ('README.md', 'dinov2 table', _dinov2, ('benchmark_dinov2',)),
-    ('README.md', 'results table', _accuracy, ('small_sets',)),
+    ('README.md', 'results table', _pivot, ('small_sets',)),
+    ('docs/methods.md', 'small sets', _accuracy, ('small_sets',)),
     ('docs/methods.md', 'shapes methods', _accuracy, ('shapes_methods_cpu',)),
     ('docs/methods.md', 'camvid cpu', _accuracy, ('camvid_cpu',)),
     ('docs/methods.md', 'rates', _accuracy, ('rates',)),
@@ -150,8 +155,8 @@ def redraw(pages: dict[str, str]) -> None:
         for plot in Path(folder).iterdir():
             if plot.name in shown:
                 shutil.copy(plot, images)
-    methods = json.loads((ROOT / 'results/shapes_methods_cpu.json').read_text())
-    summarize.draw(methods, images / 'shapes_methods_cpu.png')
+    for name in ('shapes_methods_cpu', 'small_sets'):
+        summarize.draw(json.loads((ROOT / f'results/{name}.json').read_text()), images / f'{name}.png')
 
 
 def main() -> None:
