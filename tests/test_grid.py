@@ -189,9 +189,18 @@ def rates_file(path):
     return path
 
 
+def test_rates_with_more_seeds_rank_first(tmp_path):
+    content = json.loads(rates_file(tmp_path / 'rates.json').read_text())
+    content['runs']['again'] = {**result('e3va', 29), 'learning_rate': 1e-3}
+    ranked = held_out.ranked_rates(content)
+    assert ranked == {('shapes-96x96', 'frozen'): [1e-3, 3e-3], ('shapes-96x96', 'e3va'): [1e-3, 3e-3]}
+
+
 def grid_args(**overrides):
     options = dict(datasets=['shapes-seg'], backbones=['swin-nano'], methods=['frozen', 'e3va'], seeds=[0, 1])
-    flags = dict(train_args=[], cfg_options=[], learning_rates=None, rates_from=None, held_out=False, schedule=1)
+    flags = dict(
+        train_args=[], cfg_options=[], learning_rates=None, rates_from=None, candidates=1, held_out=False, schedule=1
+    )
     return argparse.Namespace(**{**options, **flags, **overrides})
 
 
@@ -253,5 +262,7 @@ def test_best_rates_are_used(tmp_path):
     assert [(run.method, run.learning_rate) for run in runs] == [('frozen', 1e-3), ('e3va', 3e-3)] * 2
     variants = run_grid.plan(grid_args(rates_from=tmp_path / 'rates.json', methods=['e3va+bf16'], seeds=[0]))
     assert [run.learning_rate for run in variants] == [3e-3]
+    candidates = run_grid.plan(grid_args(rates_from=tmp_path / 'rates.json', candidates=2, seeds=[2]))
+    assert [run.learning_rate for run in candidates] == [1e-3, 3e-3, 3e-3, 1e-3]
     with pytest.raises(SystemExit, match='no rate for mona on shapes-96x96'):
         run_grid.plan(grid_args(rates_from=tmp_path / 'rates.json', methods=['mona']))

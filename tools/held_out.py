@@ -1,4 +1,4 @@
-"""Choosing on held-out data: a data set's training part in two, and each method's best learning rate on the second.
+"""Choosing on held-out data: a data set's training part in two, and each method's best learning rates on the second.
 
 The split that is reported must not choose: the last fifth of the training images, in the order of their names (so that
 neighbouring frames of a video stay together), validates what the other four fifths train.
@@ -43,19 +43,21 @@ def hold_out(config: str) -> list[str]:
     return options
 
 
-def best_rates(content: dict) -> dict[tuple[str, str], float]:
-    """``{(data set, method): learning rate}`` of the best mean metric in a result file of run_grid.py."""
-    best = {}
+def ranked_rates(content: dict) -> dict[tuple[str, str], list[float]]:
+    """``{(data set, method): learning rates}`` in a result file of run_grid.py: those with the most seeds first, and of
+    these the best mean metric."""
+    ranked = {}
     for dataset, methods in group_runs(content).items():
         for method, runs in methods.items():
-            rates = sorted({run['learning_rate'] for run in runs if run.get('learning_rate')})
-            if rates:
-                best[dataset, method] = max(rates, key=lambda rate: _mean(dataset, runs, rate))
-    return best
-
-
-def _mean(dataset: str, runs: list[dict], rate: float) -> float:
-    return statistics.mean(values_of(dataset, [run for run in runs if run.get('learning_rate') == rate]))
+            values: dict[float, list[float]] = {}
+            for run in runs:
+                if run.get('learning_rate'):
+                    values.setdefault(run['learning_rate'], []).extend(values_of(dataset, [run]))
+            if values:
+                ranked[dataset, method] = sorted(
+                    values, key=lambda rate: (-len(values[rate]), -statistics.mean(values[rate]), rate)
+                )
+    return ranked
 
 
 def _split(items: list) -> tuple[list, list]:

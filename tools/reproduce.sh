@@ -26,17 +26,19 @@ run() {  # tool and arguments
 
 train() { run tools/run_grid.py --jobs "${JOBS:-12}" --cfg-options train_dataloader.num_workers=2 val_dataloader.num_workers=2 "$@"; }
 measure() { run tools/benchmark.py --jobs 3 --steps 5 --warmup 2 "$@"; }
-rates() { train --train-args amp --held-out --schedule 0.5 --seeds 0 --work-dir work_dirs/rates --out results/rates.json "$@"; }
+rates() { train --train-args amp --held-out --schedule 0.5 --work-dir work_dirs/rates --out results/rates.json "$@"; }
 
-# All methods on the small sets: those that E3VA is to be level with come first. Three rates each; CamVid's are one step
-# higher, since its best was the highest of the others' three for every method tried.
-compared='frozen e3va full e3va+mixer e3va+mixer48x2 mona adapter lora'
+# All methods on the small sets: those that E3VA is to be level with come first. Three rates each, and two more seeds for
+# the better two; CamVid's rates are one step higher, since its best was the highest of the others' three for every method.
+compared='frozen e3va full e3va+mixer48x2+feedback e3va+mixer48+every2+feedback mona adapter lora e3va+mixer e3va+mixer48x2'
 others='bitfit normtuning partial adaptformer lorand lst dtl'
 for methods in "$compared" "$others"; do
     # shellcheck disable=SC2086
-    rates --datasets bccd nuclei --learning-rates 3e-4 1e-3 3e-3 --methods $methods
+    rates --seeds 0 --datasets bccd nuclei --learning-rates 3e-4 1e-3 3e-3 --methods $methods
     # shellcheck disable=SC2086
-    rates --datasets camvid --learning-rates 1e-3 3e-3 1e-2 --methods $methods
+    rates --seeds 0 --datasets camvid --learning-rates 1e-3 3e-3 1e-2 --methods $methods
+    # shellcheck disable=SC2086
+    rates --seeds 1 2 --rates-from results/rates.json --candidates 2 --methods $methods
     # shellcheck disable=SC2086
     train --train-args amp --rates-from results/rates.json --out results/small_sets.json --methods $methods
 done

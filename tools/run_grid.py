@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from experiments import ROOT, Run, provenance, run_all, shorten
-from held_out import best_rates, hold_out
+from held_out import hold_out, ranked_rates
 from method_specs import METHODS, OPTIONS, cfg_options, config_prefix
 from summarize import dataset_of
 
@@ -45,6 +45,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--rates-from', metavar='JSON', help="each method's best learning rate in this result of a grid of rates"
     )
+    parser.add_argument(
+        '--candidates', type=int, default=1, help='with --rates-from: that many of the best, to choose by more seeds'
+    )
     parser.add_argument('--schedule', type=float, default=1.0, help="share of the config's iterations to train for")
     parser.add_argument(
         '--jobs',
@@ -64,7 +67,7 @@ def parse_args() -> argparse.Namespace:
 def plan(args: argparse.Namespace) -> list[Run]:
     """Seed by seed, so that an unfinished grid has the same seeds of all methods."""
     flags = tuple(f'--{flag}' for flag in args.train_args)
-    chosen = best_rates(json.loads(Path(args.rates_from).read_text())) if args.rates_from else {}
+    ranked = ranked_rates(json.loads(Path(args.rates_from).read_text())) if args.rates_from else {}
     runs = []
     for seed, dataset, backbone in itertools.product(args.seeds, args.datasets, args.backbones):
         for method in args.methods:
@@ -72,7 +75,9 @@ def plan(args: argparse.Namespace) -> list[Run]:
             if not (ROOT / config).is_file():
                 raise SystemExit(f'there is no config for this data set and backbone: {config}')
             options = (*args.cfg_options, *cfg_options(method), *shorten(config, args.schedule))
-            rates = [_chosen_rate(chosen, config, method)] if args.rates_from else args.learning_rates or [None]
+            rates = args.learning_rates or [None]
+            if args.rates_from:
+                rates = _ranked_rates(ranked, config, method)[: args.candidates]
             runs += [Run(config, method, seed, flags, options, rate) for rate in rates]
     if not args.held_out:
         return runs
@@ -80,13 +85,13 @@ def plan(args: argparse.Namespace) -> list[Run]:
     return [run._replace(cfg_options=run.cfg_options + splits[run.config]) for run in runs]
 
 
-def _chosen_rate(chosen: dict[tuple[str, str], float], config: str, method: str) -> float:
+def _ranked_rates(ranked: dict[tuple[str, str], list[float]], config: str, method: str) -> list[float]:
     """The method's own; else, for one with options, that of the method without them."""
     dataset = dataset_of(config)
     for name in (method, method.partition('+')[0]):
-        if (dataset, name) in chosen:
-            return chosen[dataset, name]
-    raise SystemExit(f'--rates-from has no rate for {method} on {dataset}; it has {sorted(chosen)}')
+        if (dataset, name) in ranked:
+            return ranked[dataset, name]
+    raise SystemExit(f'--rates-from has no rate for {method} on {dataset}; it has {sorted(ranked)}')
 
 
 def main() -> None:
