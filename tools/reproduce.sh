@@ -83,7 +83,7 @@ measure --out results/benchmark_dinov2.json --batch-sizes 2 --image-sizes 512x51
 # What all methods cost.
 # shellcheck disable=SC2086
 measure --out results/benchmark_methods.json --batch-sizes 2 --tasks upernet --sizes l --methods e3va+bf16 e3va+bf16+mixer \
-    e3va+bf16+mixer48x2 $compared $others
+    e3va+bf16+mixer48x2+feedback e3va+bf16+mixer48+every6+feedback ${compared/every2/every6} $others
 alone() {  # images, config
     # shellcheck disable=SC2086
     measure --out results/benchmark_small_sets.json --tasks --configs "$2" --data real --batch-sizes "$1" \
