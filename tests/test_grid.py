@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from mmengine.config import Config, DictAction
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -23,12 +24,16 @@ import summarize
 from e3va_mm.methods import METHODS
 
 
-def merged(method, dataset='shapes-seg'):
-    """The backbone's config as ``tools/train.py`` gets it for a method."""
+def config_of(method, dataset='shapes-seg'):
+    """The config as ``tools/train.py`` gets it for a method."""
     config = Config.fromfile(ROOT / run_grid.DATASETS[dataset].format(method_specs.config_prefix(method) + 'swin-nano'))
     options = (option.split('=', 1) for option in method_specs.cfg_options(method))
     config.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in options})
-    return config.model.backbone
+    return config
+
+
+def merged(method):
+    return config_of(method).model.backbone
 
 
 def test_every_method_has_a_name():
@@ -61,6 +66,19 @@ def test_a_method_changes_the_config_it_starts_from():
     assert variant.adapter == dict(rank=8, branches=2, hidden_ratio=0.5, basis='pca', mixing=3)
     init_default_scope('mmseg')
     MODELS.build(variant)
+
+
+def test_rates_of_parts_of_the_backbone():
+    options = method_specs.cfg_options('e3va+mixer+rate3')
+    keys = 'optim_wrapper.paramwise_cfg.custom_keys'
+    assert options[-2:] == [f'{keys}.highway.lr_mult=3', f'{keys}.mixers.lr_mult=3']
+    config = config_of('e3va+mixer+rate3')
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    groups = build_optim_wrapper(model, config.optim_wrapper).param_groups
+    rates = {id(group['params'][0]): group['lr'] / config.optim_wrapper.optimizer.lr for group in groups}
+    names = ('backbone.highway.3.down_in', 'backbone.mixers.0.0.up.weight', 'backbone.backbone.norm3.weight')
+    assert [round(rates[id(model.get_parameter(name))], 6) for name in names] == [3, 3, 1]
 
 
 @pytest.mark.parametrize('method', ['e4va', 'e3va+tap-float8', 'full+'])

@@ -37,6 +37,8 @@ OPTIONS = {
     'kaiming': dict(init='kaiming'),
     'compiled': dict(compile_frozen=True),
 }
+# Options that change the optimizer: learning rates of parts of the backbone, in units of the head's.
+RATES = {'rate3': dict(highway=3, mixers=3)}
 
 
 def backbone_of(method: str) -> dict:
@@ -46,12 +48,12 @@ def backbone_of(method: str) -> dict:
         ValueError: an unknown method or option; the message lists the known ones.
     """
     name, *options = method.split('+')
-    unknown = [name] * (name not in METHODS) + [option for option in options if option not in OPTIONS]
+    unknown = [name] * (name not in METHODS) + [option for option in options if option not in (*OPTIONS, *RATES)]
     if unknown:
-        raise ValueError(f'{unknown} in method {method!r}; methods are {list(METHODS)}, options {list(OPTIONS)}')
+        raise ValueError(f'{unknown} in method {method!r}; methods are {list(METHODS)}, options {[*OPTIONS, *RATES]}')
     backbone = copy.deepcopy(METHODS[name])
     for option in options:
-        for key, value in OPTIONS[option].items():
+        for key, value in OPTIONS.get(option, {}).items():
             backbone[key] = {**backbone.get(key, {}), **value} if isinstance(value, dict) else value
     return backbone
 
@@ -67,7 +69,10 @@ def cfg_options(method: str) -> list[str]:
     backbone.pop('type', None)
     if backbone.get('method') == dict(type='Frozen'):
         del backbone['method']
-    return list(_flatten(backbone, 'model.backbone'))
+    rates = {
+        part: dict(lr_mult=factor) for option in method.split('+')[1:] for part, factor in RATES.get(option, {}).items()
+    }
+    return [*_flatten(backbone, 'model.backbone'), *_flatten(rates, 'optim_wrapper.paramwise_cfg.custom_keys')]
 
 
 def _flatten(value, key: str):
