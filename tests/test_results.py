@@ -66,6 +66,9 @@ def test_sentences_on_the_small_sets():
     assert f'for {min(ratios):.1f} to {max(ratios):.1f} times its memory' in text
     better = [max(pair) for pair in zip(leads('e3va+mixer', 'e3va'), leads('e3va+mixer48x2', 'e3va'))]
     assert 'takes {}, {} and {} points of that'.format(*better) in text
+    behind = [min(pair) for pair in zip(leads('mona', 'e3va+mixer'), leads('mona', 'e3va+mixer48x2'))]
+    methods = ' '.join((ROOT / 'docs/methods.md').read_text().split())
+    assert 'better mixer on each set, by {}, {} and {} points'.format(*behind) in methods
     assert set(memory('e3va+mixer', 'e3va') + memory('e3va+mixer48x2', 'e3va')) == {'1.00'}
     assert all(means['camvid']['e3va+mixer48x2'] > means['camvid'][method] for method in ('lora', 'adapter'))
 
