@@ -66,7 +66,8 @@ class E3VABackbone(FrozenBackbone):
         feedback: an extension of the paper: where the state is mixed (without mixers, at the end of each stage), the
             frozen blocks behind go on from the highway's state, so that they read adapted tokens. The gradient still
             leaves the blocks out: it takes what they add to be constant. The frozen forward then depends on the
-            adapters, and can not be shared between tasks.
+            adapters, and can not be shared between tasks. It has no parameters, so that a checkpoint does not tell
+            whether it was trained with it: test with the option that you train with.
 
     Raises:
         ValueError: an option is unknown or outside its range.
