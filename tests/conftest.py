@@ -59,6 +59,11 @@ def timm_features(model_name='vit_tiny_patch16_224', **options) -> dict:
     return dict(type='TIMMFeatures', model_name=model_name, **TIMM_MODELS[model_name.partition('.')[0]], **options)
 
 
+MIT = dict(type='mmseg.MixVisionTransformer', embed_dims=8, num_layers=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
+FAMILIES = {**{name: timm_features(name) for name in TIMM_MODELS}, 'mmseg MiT': MIT}
+every_family = pytest.mark.parametrize('backbone', FAMILIES.values(), ids=FAMILIES)
+
+
 def images(size=(57, 83)):
     """Two random images, of an odd size unless given another; always the same."""
     torch.manual_seed(3)

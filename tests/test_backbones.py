@@ -133,10 +133,13 @@ def test_no_trained_parameter_is_idle_under_fewer_outputs(out_indices):
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
-def test_no_block_is_in_the_graph():
-    model = stir(e3va())
+@pytest.mark.parametrize(
+    ('options', 'number'), [({}, 4), (dict(mixer=dict(width=4, every=1), feedback=True), 8)], ids=['plain', 'feedback']
+)
+def test_no_block_is_in_the_graph(options, number):
+    model = stir(e3va(**options))
     names = [type(node).__name__ for node in graph_nodes(model(torch.randn(1, 3, 64, 64)))]
-    assert names.count('RankExpansionBackward') == 4
+    assert names.count('RankExpansionBackward') == number
     assert not [name for name in names if 'Softmax' in name or 'Gelu' in name or 'Bmm' in name]
 
 

@@ -81,7 +81,7 @@ def test_rates_of_parts_of_the_backbone():
     assert [round(rates[id(model.get_parameter(name))], 6) for name in names] == [3, 3, 1]
 
 
-@pytest.mark.parametrize('method', ['e4va', 'e3va+tap-float8', 'full+'])
+@pytest.mark.parametrize('method', ['e4va', 'e3va+tap-float8', 'full+', 'lora+rate3'])
 def test_unknown_method(method):
     with pytest.raises(ValueError, match='methods are .*options'):
         method_specs.backbone_of(method)
@@ -114,6 +114,12 @@ def test_a_column_a_data_set():
         '| frozen | 7 |  | 38.0, 100 MiB |',
         '| E³VA | 7 | 51.0 ± 1.4, 100 MiB | 40.0, 100 MiB |',
     ]
+
+
+def test_learning_rates_are_not_mixed():
+    runs = {rate: {**result('e3va', 40), 'learning_rate': rate} for rate in (1e-3, 3e-3)}
+    with pytest.raises(ValueError, match='e3va on shapes-96x96 has several learning rates'):
+        summarize.pivot({'runs': runs})
 
 
 def test_equal_places_are_drawn_side_by_side():

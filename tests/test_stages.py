@@ -7,28 +7,26 @@ import mmseg.models  # noqa: F401  (registers MiT)
 import pytest
 import timm
 import torch
-from conftest import TIMM_MODELS, e3va, images, saved_bytes, stir, timm_features
+from conftest import MIT, TIMM_MODELS, e3va, every_family, images, saved_bytes, stir, timm_features
 from mmengine.registry import MODELS
 from torch.testing import assert_close
 
 from e3va_mm.backbones.timm_features import TIMM_FAMILIES
 from e3va_mm.taps import SwinTaps, build_taps
 
-MIT = dict(type='mmseg.MixVisionTransformer', embed_dims=8, num_layers=[1, 2, 1, 1], num_heads=[1, 2, 4, 8])
-FAMILIES = {**{name: timm_features(name) for name in TIMM_MODELS}, 'mmseg MiT': MIT}
 RESNET = dict(type='mmdet.ResNet', depth=18, norm_eval=True, zero_init_residual=False)
 RESNET_TAPS = [
     dict(taps=[f'layer{stage}.{block}.bn2' for block in range(2)], end=f'layer{stage}', dims=64 * 2 ** (stage - 1))
     for stage in range(1, 5)
 ]
 SIZES = [(64, 96), (57, 83)]
-every_family = pytest.mark.parametrize('backbone', FAMILIES.values(), ids=FAMILIES)
 
 
 @every_family
 @pytest.mark.parametrize('size', SIZES)
-def test_starts_at_the_frozen_backbone(backbone, size):
-    model = e3va(backbone).train()
+@pytest.mark.parametrize('options', [{}, dict(mixer=dict(width=4, every=1), feedback=True)], ids=['plain', 'feedback'])
+def test_starts_at_the_frozen_backbone(backbone, size, options):
+    model = e3va(backbone, **options).train()
     with torch.no_grad():
         expected = model.backbone(images(size))
     outputs = model(images(size))

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from experiments import ROOT, provenance
-from method_specs import METHODS, OPTIONS, backbone_of
+from method_specs import METHODS_HELP, backbone_of
 from mmengine.config import DictAction
 
 TASKS = {
@@ -38,8 +38,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--tasks', nargs='*', default=list(TASKS), choices=TASKS)
     parser.add_argument('--sizes', nargs='+', default=['t'], choices=SIZES, help='of the Swin backbone')
     parser.add_argument('--configs', nargs='*', default=[], help='stock configs to measure beside the tasks')
-    methods = f'any of {", ".join(METHODS)}; options for some of them, appended with +: {", ".join(OPTIONS)}'
-    parser.add_argument('--methods', nargs='+', default=['full', 'full+checkpointed', 'frozen', 'e3va'], help=methods)
+    parser.add_argument(
+        '--methods', nargs='+', default=['full', 'full+checkpointed', 'frozen', 'e3va'], help=METHODS_HELP
+    )
     parser.add_argument('--precisions', nargs='+', default=['fp32'], choices=('fp32', 'amp-fp16', 'amp-bf16'))
     parser.add_argument('--batch-sizes', nargs='+', type=_batch_size, default=[2], help="numbers, or 'largest'")
     parser.add_argument('--image-sizes', nargs='+', type=_image_size, help="HxW; default: the task's own")

@@ -37,8 +37,10 @@ OPTIONS = {
     'kaiming': dict(init='kaiming'),
     'compiled': dict(compile_frozen=True),
 }
-# Options that change the optimizer: learning rates of parts of the backbone, in units of the head's.
+# Options of E³VA that change the optimizer: learning rates of parts of the backbone, in units of the head's.
 RATES = {'rate3': dict(highway=3, mixers=3)}
+OPTION_NAMES = [*OPTIONS, *RATES]
+METHODS_HELP = f'any of {", ".join(METHODS)}; options for some of them, appended with +: {", ".join(OPTION_NAMES)}'
 
 
 def backbone_of(method: str) -> dict:
@@ -48,9 +50,10 @@ def backbone_of(method: str) -> dict:
         ValueError: an unknown method or option; the message lists the known ones.
     """
     name, *options = method.split('+')
-    unknown = [name] * (name not in METHODS) + [option for option in options if option not in (*OPTIONS, *RATES)]
+    known = OPTION_NAMES if name == 'e3va' else list(OPTIONS)
+    unknown = [name] * (name not in METHODS) + [option for option in options if option not in known]
     if unknown:
-        raise ValueError(f'{unknown} in method {method!r}; methods are {list(METHODS)}, options {[*OPTIONS, *RATES]}')
+        raise ValueError(f'{unknown} in method {method!r}; methods are {list(METHODS)}, options {known}')
     backbone = copy.deepcopy(METHODS[name])
     for option in options:
         for key, value in OPTIONS.get(option, {}).items():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from experiments import ROOT, Run, provenance, run_all, shorten
 from held_out import hold_out, ranked_rates
-from method_specs import METHODS, OPTIONS, cfg_options, config_prefix
+from method_specs import METHODS_HELP, cfg_options, config_prefix
 from summarize import dataset_of
 
 DATASETS = {
@@ -28,8 +28,7 @@ BACKBONES = ('swin-nano', 'vit-tiny', 'efficientnet-lite0')
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--datasets', nargs='+', choices=DATASETS, default=['camvid', 'bccd', 'nuclei'])
-    methods = f'any of {", ".join(METHODS)}; options for some of them, appended with +: {", ".join(OPTIONS)}'
-    parser.add_argument('--methods', nargs='+', default=['frozen', 'e3va', 'full'], help=methods)
+    parser.add_argument('--methods', nargs='+', default=['frozen', 'e3va', 'full'], help=METHODS_HELP)
     parser.add_argument(
         '--backbones', nargs='+', choices=BACKBONES, default=['swin-nano'], help='others: not on shapes'
     )

@@ -81,28 +81,38 @@ def summarize(content: dict) -> str:
 def pivot(content: dict) -> str:
     """The table as text; a row a method, and a column a data set with the metric and the peak memory."""
     groups = group_runs(content)
-    by_method: dict[str, dict[str, list[dict]]] = {}
-    for dataset, methods in groups.items():
-        for method, runs in methods.items():
-            by_method.setdefault(method, {})[dataset] = runs
     titles = [f'{dataset}: {metric_of(dataset)[0].split("/")[-1]} (%), memory' for dataset in groups]
     lines = ['| method | trained in the backbone | ' + ' | '.join(titles) + ' |', '|---' * (2 + len(groups)) + '|']
-    for method, datasets in sorted(by_method.items(), key=lambda item: _order((item[0], next(iter(item[1].values()))))):
-        cells = [
-            f'{_mean_and_spread(dataset, datasets[dataset])}, {peak_memory(datasets[dataset]):.0f} MiB'
-            if dataset in datasets
-            else ''
-            for dataset in groups
-        ]
-        trained = trained_parameters(next(iter(datasets.values()))[0])
-        lines.append(f'| {NAMES.get(method, method)} | {trained:,} | ' + ' | '.join(cells) + ' |')
+    for method, runs in _ordered(groups).items():
+        cells = [_cell(dataset, methods[method]) if method in methods else '' for dataset, methods in groups.items()]
+        lines.append(f'| {NAMES.get(method, method)} | {trained_parameters(runs[0]):,} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
-def _mean_and_spread(dataset: str, runs: list[dict]) -> str:
+def _cell(dataset: str, runs: list[dict]) -> str:
+    return f'{_format_mean(dataset, runs)}, {peak_memory(runs):.0f} MiB'
+
+
+def mean_and_spread(dataset: str, runs: list[dict]) -> tuple[float, float]:
+    """Mean and standard deviation (0 of a single run) over the seeds.
+
+    Raises:
+        ValueError: the runs are at several learning rates.
+    """
+    if len({run.get('learning_rate') for run in runs}) > 1:
+        raise ValueError(f'{runs[0]["method"]} on {dataset} has several learning rates: keep the chosen one')
     values = values_of(dataset, runs)
-    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.1f}{spread}'
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _format_mean(dataset: str, runs: list[dict]) -> str:
+    mean, spread = mean_and_spread(dataset, runs)
+    return f'{mean:.1f} ± {spread:.1f}' if len(runs) > 1 else f'{mean:.1f}'
+
+
+def _ordered(groups: dict[str, dict[str, list[dict]]]) -> dict[str, list[dict]]:
+    """The methods of all data sets in the order of the tables, each with its runs on one of them."""
+    return dict(sorted((item for methods in groups.values() for item in methods.items()), key=_order))
 
 
 def _order(item: tuple[str, list[dict]]) -> tuple:
@@ -118,7 +128,7 @@ def _row(dataset: str, label: str, runs: list[dict]) -> str:
     step = f'{1000 * statistics.median(run["report"]["step_seconds_median"] for run in runs):.0f} ms' if alone else ''
     return (
         f'| {dataset} | {label} | {metric_of(dataset)[0].split("/")[-1]} '
-        f'{_mean_and_spread(dataset, runs)} | {len(runs)} | {trained_parameters(runs[0]):,} | '
+        f'{_format_mean(dataset, runs)} | {len(runs)} | {trained_parameters(runs[0]):,} | '
         f'{peak_memory(runs):.0f} MiB | {step} | {report["checkpoint_bytes"] / 2**20:.0f} MiB |'
     )
 
@@ -127,18 +137,14 @@ def draw(content: dict, target: Path) -> None:
     """Accuracy against training memory, a panel a data set and a point a method; those of equal memory side by side."""
     groups = group_runs(content)
     # A method has the same marker in all panels.
-    items = {method: runs for methods in groups.values() for method, runs in methods.items()}.items()
-    markers = dict(zip((method for method, _ in sorted(items, key=_order)), itertools.cycle(MARKERS)))
+    markers = dict(zip(_ordered(groups), itertools.cycle(MARKERS)))
     figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4.5), layout='constrained', squeeze=False)
     for axis, (dataset, methods) in zip(axes[0], groups.items()):
         places = _side_by_side({method: peak_memory(runs) for method, runs in methods.items()})
         for method, runs in sorted(methods.items(), key=_order):
-            values = values_of(dataset, runs)
-            spread = statistics.stdev(values) if len(values) > 1 else 0
             axis.errorbar(
                 places[method],
-                statistics.mean(values),
-                spread,
+                *mean_and_spread(dataset, runs),
                 fmt=markers[method],
                 label=NAMES.get(method, method),
                 markerfacecolor='black' if method == 'full' else 'white',

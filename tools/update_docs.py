@@ -49,16 +49,13 @@ RATIOS = [
 ]
 
 
-def _demo(path: Path) -> str:
-    return demo.format_table(json.loads(path.read_text())['rows'])
+def _of_content(make: Callable[[dict], str]) -> Callable[[Path], str]:
+    """``make`` of what a result file holds."""
+    return lambda path: make(json.loads(path.read_text()))
 
 
-def _accuracy(path: Path) -> str:
-    return summarize.summarize(json.loads(path.read_text()))
-
-
-def _pivot(path: Path) -> str:
-    return summarize.pivot(json.loads(path.read_text()))
+_demo = _of_content(lambda content: demo.format_table(content['rows']))
+_accuracy, _pivot = _of_content(summarize.summarize), _of_content(summarize.pivot)
 
 
 def _dinov2(path: Path) -> str:

@@ -89,12 +89,13 @@ class E3VABackbone(FrozenBackbone):
         mixer: dict | None = None,
         feedback: bool = False,
     ) -> None:
-        if taps and (recompute_taps or compile_frozen or feedback or (isinstance(mixer, dict) and mixer.get('every'))):
+        _check_option_names('adapter', adapter, _ADAPTER_OPTIONS)
+        _check_option_names('mixer', mixer, _MIXER_OPTIONS)
+        mixer, every = _split_mixer(mixer)
+        if taps and (recompute_taps or compile_frozen or feedback or every):
             options = 'recompute_taps, compile_frozen, feedback and mixer.every'
             raise ValueError(f'{options} need a listed family, not taps from the config')
         super().__init__(backbone, frozen_dtype, init_cfg, compile_frozen, taps)
-        _check_option_names('adapter', adapter, _ADAPTER_OPTIONS)
-        _check_option_names('mixer', mixer, _MIXER_OPTIONS)
         # Layer scales and norms widen a tap to fp32 behind a matrix that was computed in less.
         kept_dtype = _parse_saved_dtype(saved_dtype) or self.frozen_dtype
         storage = TapStorage(kept_dtype, _parse_fraction(saved_fraction), recompute_taps)
@@ -102,7 +103,6 @@ class E3VABackbone(FrozenBackbone):
         self.state_dtype = torch.bfloat16 if saved_dtype else None
         self._next_sizes: dict[tuple[int, Size], Size] = {}
         options = dict(adapter or {}, init=init, storage=storage)
-        mixer, every = _split_mixer(mixer)
         self.feedback = feedback
         self.segments = _segments(self.taps.block_taps, every)
         self.highway, self.mixers = nn.ModuleList(), nn.ModuleList()
