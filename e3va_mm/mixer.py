@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 
 class MultiScaleDepthwise(nn.Module):
-    """The mean of depthwise convolutions of several (odd) sizes, (B, width, H, W) to the same shape."""
+    """The mean of depthwise convolutions of several (odd) sizes, (B, width, H, W) to the same shape.
+
+    It is evaluated as the one convolution that it is equal to.
+    """
 
     def __init__(self, width: int, kernel_sizes: Sequence[int]) -> None:
         super().__init__()
@@ -21,7 +24,15 @@ class MultiScaleDepthwise(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        return sum(conv(image) for conv in self.convs) / len(self.convs)
+        largest = max(conv.kernel_size[0] for conv in self.convs)
+        weight = sum(_enlarge(conv.weight, largest) for conv in self.convs) / len(self.convs)
+        bias = sum(conv.bias for conv in self.convs) / len(self.convs)
+        return nn.functional.conv2d(image, weight, bias, padding=largest // 2, groups=len(bias))
+
+
+def _enlarge(kernel: Tensor, size: int) -> Tensor:
+    """The square kernel amid zeros."""
+    return nn.functional.pad(kernel, [(size - kernel.shape[-1]) // 2] * 4)
 
 
 class StateMixer(nn.Module):

@@ -76,7 +76,11 @@ def test_rates_of_parts_of_the_backbone():
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
     groups = build_optim_wrapper(model, config.optim_wrapper).param_groups
-    rates = {id(group['params'][0]): group['lr'] / config.optim_wrapper.optimizer.lr for group in groups}
+    rates = {
+        id(parameter): group['lr'] / config.optim_wrapper.optimizer.lr
+        for group in groups
+        for parameter in group['params']
+    }
     names = ('backbone.highway.3.down_in', 'backbone.mixers.0.0.up.weight', 'backbone.backbone.norm3.weight')
     assert [round(rates[id(model.get_parameter(name))], 6) for name in names] == [3, 3, 1]
 

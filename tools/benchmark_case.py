@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner
+from mmengine.runner import Runner, set_random_seed
 
 from e3va_mm.hooks.amp import run_in_float32
 from e3va_mm.hooks.report import MIB, process_peak_bytes
@@ -74,7 +74,8 @@ class Bench:
         self.optim = build_optim_wrapper(self.model, self.config.optim_wrapper)
 
     def load_batch(self, batch_size: int) -> None:
-        torch.manual_seed(2)
+        # Of random and numpy too, which draw the crops and sizes of real data.
+        set_random_seed(2)
         make = real_batch if self.case['data'] == 'real' else synthetic_batch
         batch = make(self.config, batch_size, self.case['image_size'])
         self.batch = self.model.data_preprocessor(batch, training=True)
