@@ -64,13 +64,44 @@ def test_sentences_on_the_small_sets():
     assert 'Mona on each, ahead of E³VA by {}, {} and {} points'.format(*leads('mona', 'e3va')) in text
     ratios = [float(ratio) for ratio in memory('mona', 'e3va')]
     assert f'for {min(ratios):.1f} to {max(ratios):.1f} times its memory' in text
-    better = [max(pair) for pair in zip(leads('e3va+mixer', 'e3va'), leads('e3va+mixer48x2', 'e3va'))]
-    assert 'takes {}, {} and {} points of that'.format(*better) in text
-    behind = [min(pair) for pair in zip(leads('mona', 'e3va+mixer'), leads('mona', 'e3va+mixer48x2'))]
+    mixers = [{method: mean for method, mean in of.items() if method.startswith('e3va+')} for of in means.values()]
+    best = [max(of, key=of.get) for of in mixers]
+    assert best == ['e3va+mixer48+every2', 'e3va+mixer48x2+rate3', 'e3va+mixer48x2+feedback+rate3']
+    behind = '{}, {} and {} points behind Mona'.format(
+        *(f'{means[name]["mona"] - means[name][method]:.1f}' for name, method in zip(groups, best))
+    )
     methods = ' '.join((ROOT / 'docs/methods.md').read_text().split())
-    assert 'better mixer on each set, by {}, {} and {} points'.format(*behind) in methods
-    assert set(memory('e3va+mixer', 'e3va') + memory('e3va+mixer48x2', 'e3va')) == {'1.00'}
-    assert all(means['camvid']['e3va+mixer48x2'] > means['camvid'][method] for method in ('lora', 'adapter'))
+    assert behind in text and behind in methods
+    shares = {f'{peak_memory(of[m]) / peak_memory(of["e3va"]):.2f}' for of in groups.values() for m in of if '+' in m}
+    assert shares == {'1.00', '1.01'}
+    assert means['camvid']['frozen'] > means['camvid']['e3va+mixer48+every2+feedback']
+    steps = (('bccd', 'mixer48x2', 'mixer48x2+rate3', '2.9 points over `mixer48x2`'),
+             ('bccd', 'mixer48x2+feedback+rate3', 'mixer48x2+rate3', 'takes 1.2 points on BCCD'),
+             ('camvid', 'mixer48+every2+feedback', 'mixer48+every2', '`mixer48+every2` loses 2.9 points'),
+             ('camvid', 'mixer48x2', 'mixer48+every2', 'gain 0.4 points over `mixer48x2` on CamVid'))  # fmt: skip
+    for name, without, having, sentence in steps:
+        gain = means[name][f'e3va+{having}'] - means[name][f'e3va+{without}']
+        assert f'{gain:.1f}' in sentence and sentence in methods
+
+
+def test_held_out_choice_of_variants():
+    """By the first seed, as the learning rates."""
+    from summarize import group_runs, values_of
+
+    chosen = {}
+    for name, methods in group_runs(json.loads((ROOT / 'results/rates.json').read_text())).items():
+        best = {
+            method: max(value for run in runs if run['seed'] == 0 for value in values_of(name, [run]))
+            for method, runs in methods.items()
+        }
+        chosen[name] = max((method for method in best if method.startswith('e3va')), key=best.get)
+        if name == 'camvid':
+            assert round(best['frozen'] - best['e3va+mixer48x2+feedback+rate3']) == 5
+    assert chosen == {
+        'camvid': 'e3va+mixer48x2',
+        'bccd': 'e3va+mixer48x2+rate3',
+        'nuclei': 'e3va+mixer48x2+rate3',
+    }
 
 
 def test_options_cost_no_accuracy():
@@ -169,6 +200,48 @@ def test_what_mixers_cost():
     for key, sentence in (('peak_memory_mib', "{} to {} of E³VA's memory"), ('step_seconds', '{} to {} of its time')):
         ratios = sorted(f'{row[key] / plain[key]:.2f}' for row in others)
         assert sentence.format(ratios[0], ratios[-1]) in text
+
+
+def test_what_methods_cost_on_a_gpu():
+    text, rows = performance('benchmark_methods')
+    by_method = {row['method']: row for row in rows}
+    mixers = [row for method, row in by_method.items() if method.startswith('e3va+bf16+')]
+
+    def ratios(key, rows, reference):
+        return sorted(f'{row[key] / reference[key]:.2f}' for row in rows)
+
+    plain = by_method['e3va+bf16']
+    memory, time = (ratios(key, mixers, plain) for key in ('peak_memory_mib', 'step_seconds'))
+    assert f'{memory[0]} to {memory[-1]} of the memory and {time[0]} to {time[-1]} of the time of `bf16`' in text
+    memory, time = (ratios(key, [by_method['mona']], plain)[0] for key in ('peak_memory_mib', 'step_seconds'))
+    assert f'Mona takes {memory} of the memory and {time} of the time' in text
+
+    small = {(row['model'].split('_')[0], row['method']): row for row in performance('benchmark_small_sets')[1]}
+
+    def times(*models, methods=None):
+        return sorted(
+            f'{row["step_seconds"] / small[model, "e3va"]["step_seconds"]:.2f}'
+            for (model, method), row in small.items()
+            if model in models and (method.startswith('e3va+') if methods is None else method in methods)
+        )
+
+    detectors, camvid = times('retinanet', 'mask-rcnn'), times('swin-nano')
+    assert f"{detectors[0]} to {detectors[-1]} of E³VA's time with detectors" in text
+    assert f'{camvid[0]} to {camvid[-1]} on CamVid' in text
+    assert 'LoRA and Adapter take {} and {} of'.format(*times('retinanet', methods=('lora', 'adapter'))) in text
+
+
+def test_time_of_the_optimizer():
+    def optimizer(name, method):
+        rows = [r for r in performance(name)[1] if r['model'].startswith('retinanet') and r['method'] == method]
+        return f'{1000 * rows[0]["runs"][0]["phases"]["optimizer"]["seconds"]:.0f}'
+
+    stock, merged = (
+        [optimizer(name, method) for method in ('e3va', 'mona')]
+        for name in ('benchmark_groups', 'benchmark_small_sets')
+    )
+    text = ' '.join((ROOT / 'README.md').read_text().split())
+    assert '{} ms for E³VA and {} for Mona, merged {} and {}'.format(*stock, *merged) in text
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ rates() { train --train-args amp --held-out --schedule 0.5 --work-dir work_dirs/
 
 # All methods on the small sets: those that E3VA is to be level with come first. Three rates each, and two more seeds for
 # the better two; CamVid's rates are one step higher, since its best was the highest of the others' three for every method.
-compared='frozen e3va full e3va+mixer48x2+feedback e3va+mixer48+every2+feedback mona adapter lora e3va+mixer e3va+mixer48x2'
+compared='frozen e3va full mona adapter lora e3va+mixer e3va+mixer48x2 e3va+mixer48+every2'
+compared+=' e3va+mixer48x2+rate3 e3va+mixer48x2+feedback+rate3 e3va+mixer48+every2+feedback'
 others='bitfit normtuning partial adaptformer lorand lst dtl'
 for methods in "$compared" "$others"; do
     # shellcheck disable=SC2086
@@ -80,17 +81,25 @@ measure --out results/benchmark_dinov2.json --batch-sizes 2 --image-sizes 512x51
     --configs ${ade}-l_upernet_8xb2-160k_ade20k-512x512.py ${ade}-g_upernet_8xb2-160k_ade20k-512x512.py \
     --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full
 
-# What all methods cost.
+# What all methods cost. How fast the highway learns (rate3) costs nothing.
+costing=${compared//+rate3/}
 # shellcheck disable=SC2086
-measure --out results/benchmark_methods.json --batch-sizes 2 --tasks upernet --sizes l --methods e3va+bf16 e3va+bf16+mixer \
-    e3va+bf16+mixer48x2+feedback e3va+bf16+mixer48+every6+feedback ${compared/every2/every6} $others
-alone() {  # images, config
-    # shellcheck disable=SC2086
-    measure --out results/benchmark_small_sets.json --tasks --configs "$2" --data real --batch-sizes "$1" \
-        --precisions amp-fp16 --steps 20 --warmup 5 --methods $compared $others
+measure --out results/benchmark_methods.json --batch-sizes 2 --tasks upernet --sizes l --steps 10 --warmup 3 \
+    --cfg-options optim_wrapper.constructor=MergedGroupsConstructor --methods e3va+bf16 e3va+bf16+mixer48x2 \
+    e3va+bf16+mixer48x2+feedback e3va+bf16+mixer48+every6+feedback ${costing//every2/every6} $others
+alone() {  # file, images, config, options
+    measure --out "results/$1.json" --tasks --configs "$3" --data real --batch-sizes "$2" \
+        --precisions amp-fp16 --steps 20 --warmup 5 "${@:4}"
 }
-alone 16 configs/camvid/swin-nano_upernet_1xb16-600_camvid-352x480.py
-alone 8 configs/bccd/retinanet_swin-nano_fpn_1xb8-400_bccd.py
-alone 8 configs/nuclei/mask-rcnn_swin-nano_fpn_1xb8-300_nuclei.py
+bccd=configs/bccd/retinanet_swin-nano_fpn_1xb8-400_bccd.py
+small=benchmark_small_sets
+# shellcheck disable=SC2086
+{
+    alone $small 16 configs/camvid/swin-nano_upernet_1xb16-600_camvid-352x480.py --methods $costing $others
+    alone $small 8 $bccd --methods $costing $others
+    alone $small 8 configs/nuclei/mask-rcnn_swin-nano_fpn_1xb8-300_nuclei.py --methods $costing $others
+}
+alone benchmark_groups 8 $bccd --cfg-options optim_wrapper.constructor=DefaultOptimWrapperConstructor \
+    --methods e3va e3va+mixer48x2 mona full
 
 [ $missing = 0 ] && echo 'results/ is complete' || { echo 'results/ is not complete: run this again'; exit 1; }

@@ -116,6 +116,9 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
             'benchmark_cpu',
             'benchmark_cpu_sizes',
             'benchmark_cpu_mixer',
+            'benchmark_methods',
+            'benchmark_small_sets',
+            'benchmark_groups',
         )
     ),
 ]
