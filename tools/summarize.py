@@ -138,7 +138,7 @@ def draw(content: dict, target: Path) -> None:
     groups = group_runs(content)
     # A method has the same marker in all panels.
     markers = dict(zip(_ordered(groups), itertools.cycle(MARKERS)))
-    figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4.5), layout='constrained', squeeze=False)
+    figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 5), layout='constrained', squeeze=False)
     for axis, (dataset, methods) in zip(axes[0], groups.items()):
         places = _side_by_side({method: peak_memory(runs) for method, runs in methods.items()})
         for method, runs in sorted(methods.items(), key=_order):
@@ -156,7 +156,12 @@ def draw(content: dict, target: Path) -> None:
         axis.set_xlabel(f'peak memory in training (MiB, {runs[0]["report"]["peak_memory_kind"]})')
         axis.set_ylabel(f'{metric_of(dataset)[0].split("/")[-1]} (%)')
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    # Below the panels, where it hides no point; a method that is in several panels once.
+    entries = {name: entry for axis in axes[0] for entry, name in zip(*axis.get_legend_handles_labels())}
+    names = [name for name in (NAMES.get(method, method) for method in markers) if name in entries]
+    figure.legend(
+        [entries[name] for name in names], names, loc='outside lower center', ncols=2 * len(groups), fontsize=9
+    )
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
