@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 
 class MultiScaleDepthwise(nn.Module):
     """The mean of depthwise convolutions of several (odd) sizes, (B, width, H, W) to the same shape.
 
-    It is evaluated as the one convolution that it is equal to.
+    It is evaluated as the one convolution that it is equal to, and that is put together in few operations: on small
+    images each costs its launch.
     """
 
     def __init__(self, width: int, kernel_sizes: Sequence[int]) -> None:
@@ -22,17 +24,19 @@ class MultiScaleDepthwise(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(width, width, size, padding=size // 2, groups=width) for size in kernel_sizes
         )
+        self.size = max(kernel_sizes)
+        self.register_buffer('places', torch.cat([_places(size, self.size) for size in kernel_sizes]), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        largest = max(conv.kernel_size[0] for conv in self.convs)
-        weight = sum(_enlarge(conv.weight, largest) for conv in self.convs) / len(self.convs)
-        bias = sum(conv.bias for conv in self.convs) / len(self.convs)
-        return nn.functional.conv2d(image, weight, bias, padding=largest // 2, groups=len(bias))
+        kernels = torch.cat([conv.weight.flatten(1) for conv in self.convs], 1) @ self.places / len(self.convs)
+        bias = torch.stack([conv.bias for conv in self.convs]).mean(0)
+        weight = kernels.view(-1, 1, self.size, self.size)
+        return nn.functional.conv2d(image, weight, bias, padding=self.size // 2, groups=len(bias))
 
 
-def _enlarge(kernel: Tensor, size: int) -> Tensor:
-    """The square kernel amid zeros."""
-    return nn.functional.pad(kernel, [(size - kernel.shape[-1]) // 2] * 4)
+def _places(size: int, largest: int) -> Tensor:
+    """(size², largest²): the place of each element of a flattened kernel in that of a larger one, around it."""
+    return nn.functional.pad(torch.eye(size**2).view(-1, size, size), [(largest - size) // 2] * 4).flatten(1)
 
 
 class StateMixer(nn.Module):
