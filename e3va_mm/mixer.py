@@ -24,14 +24,16 @@ class MultiScaleDepthwise(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(width, width, size, padding=size // 2, groups=width) for size in kernel_sizes
         )
-        self.size = max(kernel_sizes)
-        self.register_buffer('places', torch.cat([_places(size, self.size) for size in kernel_sizes]), persistent=False)
+        self.kernel_size = max(kernel_sizes)
+        self.register_buffer(
+            'places', torch.cat([_places(size, self.kernel_size) for size in kernel_sizes]), persistent=False
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         kernels = torch.cat([conv.weight.flatten(1) for conv in self.convs], 1) @ self.places / len(self.convs)
         bias = torch.stack([conv.bias for conv in self.convs]).mean(0)
-        weight = kernels.view(-1, 1, self.size, self.size)
-        return nn.functional.conv2d(image, weight, bias, padding=self.size // 2, groups=len(bias))
+        weight = kernels.view(-1, 1, self.kernel_size, self.kernel_size)
+        return nn.functional.conv2d(image, weight, bias, padding=self.kernel_size // 2, groups=len(bias))
 
 
 def _places(size: int, largest: int) -> Tensor:

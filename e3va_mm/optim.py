@@ -1,4 +1,4 @@
-"""Optimizer set-up."""
+"""The optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
     """mmengine's constructor, but parameters of the same settings share a parameter group.
 
     With a ``paramwise_cfg`` mmengine makes a group of each parameter. An optimizer updates group by group, and adapters
-    are many small parameters: their update is then hundreds of tiny kernels, and takes longer than their gradient. The
-    update itself is the same. ``optim_wrapper=dict(constructor='MergedGroupsConstructor')`` is all that a config needs;
-    a run resumes from the optimizer state of the same constructor only.
+    are many small parameters: their update is then hundreds of tiny kernels. The update itself is the same.
+    ``optim_wrapper=dict(constructor='MergedGroupsConstructor')`` is all that a config needs; a run resumes from the
+    optimizer state of the same constructor only.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:

@@ -65,7 +65,9 @@ def test_table_and_plots(results, tmp_path):
 
 
 def test_ratios(tmp_path):
-    case = dict(model='m', image_size=[8, 8], precision='fp32', batch_size=1, memory_cap=None, device='cpu')
+    case = dict(
+        model='m', image_size=[8, 8], data='synthetic', precision='fp32', batch_size=1, memory_cap=None, device='cpu'
+    )
     run = dict(step_seconds=1, step_seconds_quartiles=[1, 1], saved_in_backbone_mib=1, batch_size=1)
     memory = {'full': [100], 'e3va': [40, 60]}
     cases = {

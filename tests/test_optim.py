@@ -13,9 +13,10 @@ from e3va_mm.optim import merge_groups
 SETTINGS = Config.fromfile(ROOT / 'configs/_base_/schedules/small_sets.py').optim_wrapper
 
 
-def optim_wrapper(model, constructor):
+def optim_wrapper(model, constructor, **options):
     custom_keys = {**SETTINGS.paramwise_cfg.custom_keys, 'mixers': dict(lr_mult=3)}
-    config = dict(copy.deepcopy(SETTINGS), constructor=constructor, paramwise_cfg=dict(custom_keys=custom_keys))
+    paramwise_cfg = dict(custom_keys=custom_keys)
+    config = dict(copy.deepcopy(SETTINGS), constructor=constructor, paramwise_cfg=paramwise_cfg, **options)
     return build_optim_wrapper(model, Config(dict(optim_wrapper=config)).optim_wrapper)
 
 
@@ -43,8 +44,7 @@ def test_trains_as_with_the_stock_constructor(accumulated):
     for name in ('MergedGroupsConstructor', 'DefaultOptimWrapperConstructor'):
         torch.manual_seed(0)
         model = stir(e3va(mixer=dict(width=8))).double()
-        wrapper = optim_wrapper(model, name)
-        wrapper._accumulative_counts = accumulated
+        wrapper = optim_wrapper(model, name, accumulative_counts=accumulated)
         for _ in range(4):
             wrapper.update_params(sum(output.square().mean() for output in model(images().double())))
         trained.append({key: value.detach() for key, value in model.adapter_parameters().items()})

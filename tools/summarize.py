@@ -158,7 +158,7 @@ def draw(content: dict, target: Path) -> None:
         axis.grid(alpha=0.3)
     # Below the panels, where it hides no point; a method that is in several panels once.
     entries = {name: entry for axis in axes[0] for entry, name in zip(*axis.get_legend_handles_labels())}
-    names = [name for name in (NAMES.get(method, method) for method in markers) if name in entries]
+    names = [NAMES.get(method, method) for method in markers]
     figure.legend(
         [entries[name] for name in names], names, loc='outside lower center', ncols=2 * len(groups), fontsize=9
     )

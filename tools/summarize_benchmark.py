@@ -59,15 +59,21 @@ def _hashable(value):
     return tuple(value) if isinstance(value, list) else value
 
 
+def _images(row: dict) -> str:
+    return 'real images' if row['data'] == 'real' else '×'.join(map(str, row['image_size']))
+
+
 def format_tables(rows: list[dict]) -> str:
     """A table a model, image size, precision, batch size and memory cap; ratios are to its rows full and frozen."""
     parts = []
-    keys = ('model', 'image_size', 'precision', 'batch_size', 'memory_cap', 'device')
-    for (model, (height, width), precision, batch, cap, device), group in group_rows(rows, *keys).items():
+    keys = ('model', 'image_size', 'data', 'precision', 'batch_size', 'memory_cap', 'device')
+    for (model, _, _, precision, batch, cap, device), group in group_rows(rows, *keys).items():
         if not batch:
             parts.append('\n'.join(f'{model}, {row["method"]}: does not train under {cap} GiB' for row in group))
             continue
-        title = f'**{model}, {height}×{width}, batch {batch}, {precision}** ({device}{f", {cap} GiB" if cap else ""})'
+        title = (
+            f'**{model}, {_images(group[0])}, batch {batch}, {precision}** ({device}{f", {cap} GiB" if cap else ""})'
+        )
         parts.append(f'{title}\n\n{format_table(group)}')
     return '\n\n'.join(parts)
 
@@ -113,9 +119,8 @@ def format_phases(rows: list[dict]) -> str:
         if profiled:
             kernels = [run['most_time'][0]['seconds'] for run in row['runs'] if 'most_time' in run]
             cells.append(f'{1000 * statistics.median(kernels):.0f}' if kernels else '')
-        size = '×'.join(map(str, row['image_size']))
         precision = '' if row['precision'] == 'fp32' else f'{row["precision"]}, '
-        case = f'{row["model"]}, {size}, batch {row["batch_size"]}, {precision}{row["method"]}'
+        case = f'{row["model"]}, {_images(row)}, batch {row["batch_size"]}, {precision}{row["method"]}'
         lines.append(f'| {case} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
@@ -133,8 +138,7 @@ def draw_bars(rows: list[dict], target: Path) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.margins(x=0.2)
     axes[0].invert_yaxis()
-    height, width = rows[0]['image_size']
-    figure.suptitle(f'{rows[0]["model"]}, {height}×{width}, batch {rows[0]["batch_size"]}, {rows[0]["precision"]}')
+    figure.suptitle(f'{rows[0]["model"]}, {_images(rows[0])}, batch {rows[0]["batch_size"]}, {rows[0]["precision"]}')
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
