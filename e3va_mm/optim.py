@@ -14,7 +14,7 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
     With a ``paramwise_cfg`` mmengine makes a group of each parameter. An optimizer updates group by group, and adapters
     are many small parameters: their update is then hundreds of tiny kernels. The update itself is the same.
     ``optim_wrapper=dict(constructor='MergedGroupsConstructor')`` is all that a config needs; a run resumes from the
-    optimizer state of the same constructor only.
+    optimizer state of the same constructor only, and AdapterCheckpointHook says so.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:

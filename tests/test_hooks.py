@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
+from e3va_mm.backbones import CheckpointMismatchError
 from e3va_mm.checkpoints import latest_checkpoint, restore_history, to_plain
 from e3va_mm.hooks.amp import Float32OpsHook
 from e3va_mm.hooks.report import count_parameters, format_table
@@ -62,7 +63,7 @@ class LossLog(Hook):
             raise KeyboardInterrupt
 
 
-def run(work_dir, log, die_at=None, resume=False, **checkpoint):
+def run(work_dir, log, die_at=None, resume=False, paramwise_cfg=None, **checkpoint):
     config = Config(
         dict(
             model=dict(type='ToyModel'),
@@ -74,7 +75,7 @@ def run(work_dir, log, die_at=None, resume=False, **checkpoint):
                 sampler=dict(type='InfiniteSampler', shuffle=True),
             ),
             train_cfg=dict(type='IterBasedTrainLoop', max_iters=8),
-            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
+            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01), paramwise_cfg=paramwise_cfg),
             param_scheduler=[dict(type='PolyLR', end=8, by_epoch=False)],
             default_hooks=dict(
                 checkpoint=dict(type='AdapterCheckpointHook', interval=2, by_epoch=False, **checkpoint),
@@ -106,6 +107,14 @@ def test_resume_is_bitwise(tmp_path):
     whole = (tmp_path / 'whole.txt').read_text().splitlines()
     assert (tmp_path / 'cut.txt').read_text().splitlines() == whole[:5]
     assert (tmp_path / 'resumed.txt').read_text().splitlines() == whole[4:]
+
+
+def test_resume_with_other_parameter_groups_says_so(tmp_path):
+    run(tmp_path, tmp_path / 'log.txt')
+    with pytest.raises(
+        CheckpointMismatchError, match='4 parameters in 1 groups, .* 2 in 2: .*optim_wrapper.constructor'
+    ):
+        run(tmp_path, tmp_path / 'log.txt', resume=True, paramwise_cfg=dict(bias_lr_mult=2))
 
 
 def test_checkpoint_loads_as_weights_only_and_keeps_the_history(tmp_path):

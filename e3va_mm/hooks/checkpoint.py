@@ -11,6 +11,7 @@ import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner.base_loop import BaseLoop
 from mmengine.runner.checkpoint import get_state_dict
@@ -65,7 +66,8 @@ class AdapterCheckpointHook(CheckpointHook):
     - It holds tensors, numbers and strings alone, so that ``torch.load(..., weights_only=True)`` reads it.
     - It holds the state of the random number generators, so that resuming repeats the uninterrupted run to the bit
       on the CPU (with ``num_workers=0``: worker processes restart with their own seeds).
-    - Resuming or testing an adapter raises when any key of the model is missing or foreign, heads included.
+    - Resuming or testing an adapter raises when any key of the model is missing or foreign, heads included; resuming,
+      when the optimizer's parameter groups are others.
     """
 
     _random_state: dict | None = None
@@ -104,6 +106,7 @@ class AdapterCheckpointHook(CheckpointHook):
         if runner._resume or not isinstance(runner._train_loop, BaseLoop):
             _check_all_keys(runner.model, checkpoint.get('state_dict', checkpoint))
         if runner._resume:
+            _check_param_groups(runner.optim_wrapper, checkpoint.get('optimizer', {}))
             self._random_state = checkpoint.get('random_state')
 
 
@@ -118,6 +121,21 @@ def _check_all_keys(model, state_dict: dict) -> None:
         raise CheckpointMismatchError(
             f'the checkpoint does not fit the model: {len(missing)} keys missing {missing[:5]}, '
             f'{len(foreign)} keys foreign {foreign[:5]}'
+        )
+
+
+def _check_param_groups(optim_wrapper, state: dict) -> None:
+    if not isinstance(optim_wrapper, OptimWrapper) or 'param_groups' not in state:
+        return
+    saved, own = (
+        [len(group['params']) for group in groups]
+        for groups in (state['param_groups'], optim_wrapper.optimizer.param_groups)
+    )
+    if saved != own:
+        raise CheckpointMismatchError(
+            f"the checkpoint's optimizer has {sum(saved)} parameters in {len(saved)} groups, this run's {sum(own)} in "
+            f'{len(own)}: resume with the optim_wrapper.constructor and paramwise_cfg that it was trained with, '
+            'or take load_from in place of resume for a fresh optimizer'
         )
 
 
