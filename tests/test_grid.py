@@ -127,7 +127,7 @@ def test_learning_rates_are_not_mixed():
 
 
 def test_equal_places_are_drawn_side_by_side():
-    assert summarize._side_by_side({'a': 100.0, 'b': 0.0, 'c': 0.0}) == {'b': 0.0, 'c': 2.0, 'a': 100.0}
+    assert summarize._side_by_side({'a': 60.0, 'b': 0.0, 'c': 0.0}) == {'b': -0.5, 'c': 0.5, 'a': 60.0}
 
 
 def test_a_row_a_learning_rate():

@@ -4,7 +4,6 @@
 import argparse
 import itertools
 import json
-import math
 import statistics
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+import numpy as np
+from scipy.optimize import isotonic_regression
 
 BACKBONES = ('vit-tiny', 'efficientnet-lite0')  # those that are named beside the data set
 # Task or data set as in the config's name, the metric that is shown, and the factor that makes it a percentage.
@@ -23,7 +24,8 @@ METRICS = {
     'shapes': ('coco/bbox_mAP', 100),
 }
 NAMES = {'frozen': 'frozen', 'e3va': 'E³VA', 'full': 'full'}
-MARKERS = 'osD^vPX*<>dph8Hx1'
+# Twelve that are told apart when printed; E³VA and its variants have them again, filled with grey.
+MARKERS = 'osD^vP*<>dpX'
 
 
 def group_runs(content: dict) -> dict[str, dict[str, list[dict]]]:
@@ -136,8 +138,7 @@ def _row(dataset: str, label: str, runs: list[dict]) -> str:
 def draw(content: dict, target: Path) -> None:
     """Accuracy against training memory, a panel a data set and a point a method; those of equal memory side by side."""
     groups = group_runs(content)
-    # A method has the same marker in all panels.
-    markers = dict(zip(_ordered(groups), itertools.cycle(MARKERS)))
+    styles = _styles(list(_ordered(groups)))
     figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 5), layout='constrained', squeeze=False)
     for axis, (dataset, methods) in zip(axes[0], groups.items()):
         places = _side_by_side({method: peak_memory(runs) for method, runs in methods.items()})
@@ -145,11 +146,11 @@ def draw(content: dict, target: Path) -> None:
             axis.errorbar(
                 places[method],
                 *mean_and_spread(dataset, runs),
-                fmt=markers[method],
+                **styles[method],
                 label=NAMES.get(method, method),
-                markerfacecolor='black' if method == 'full' else 'white',
+                linestyle='none',
                 color='black',
-                markersize=8,
+                markersize=7,
                 capsize=3,
             )
         axis.set_title(dataset)
@@ -158,7 +159,7 @@ def draw(content: dict, target: Path) -> None:
         axis.grid(alpha=0.3)
     # Below the panels, where it hides no point; a method that is in several panels once.
     entries = {name: entry for axis in axes[0] for entry, name in zip(*axis.get_legend_handles_labels())}
-    names = [NAMES.get(method, method) for method in markers]
+    names = [NAMES.get(method, method) for method in styles]
     figure.legend(
         [entries[name] for name in names], names, loc='outside lower center', ncols=2 * len(groups), fontsize=9
     )
@@ -166,12 +167,24 @@ def draw(content: dict, target: Path) -> None:
     plt.close(figure)
 
 
+def _styles(methods: list[str]) -> dict[str, dict[str, str]]:
+    """A marker and its fill for each method, the same in all panels."""
+    numbers = {True: itertools.count(), False: itertools.count()}
+    return {
+        method: {
+            'marker': MARKERS[next(numbers[ours := method.startswith('e3va')]) % len(MARKERS)],
+            'markerfacecolor': 'black' if method == 'full' else '0.6' if ours else 'white',
+        }
+        for method in methods
+    }
+
+
 def _side_by_side(places: dict[str, float]) -> dict[str, float]:
-    """The same, with at least a fiftieth of the range between neighbours."""
-    step, last, moved = (max(places.values()) - min(places.values())) / 50, -math.inf, {}
-    for method, place in sorted(places.items(), key=lambda item: item[1]):
-        last = moved[method] = max(place, last + step)
-    return moved
+    """The nearest places with at least a sixtieth of the range between neighbours, so that equal ones stay centred."""
+    methods = sorted(places, key=places.get)
+    exact = np.array([places[method] for method in methods])
+    distances = (exact[-1] - exact[0]) / 60 * np.arange(len(exact))
+    return dict(zip(methods, (isotonic_regression(exact - distances).x + distances).tolist()))
 
 
 if __name__ == '__main__':
