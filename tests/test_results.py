@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT
@@ -39,49 +40,120 @@ def test_mixers_tell_the_demo_from_frozen():
         assert len(values['e3va+mixer']) >= 2 and min(values['e3va+mixer']) > max(values['frozen'])
 
 
-def test_sentences_on_the_small_sets():
-    """What the README says of means and memory."""
-    from summarize import group_runs, peak_memory, values_of
+class SmallSets:
+    """Means and memory of the methods on the small sets, in the order CamVid, BCCD, nuclei."""
 
-    groups = group_runs(json.loads((ROOT / 'results/small_sets.json').read_text()))
-    means = {
-        name: {method: sum(values_of(name, runs)) / len(runs) for method, runs in methods.items()}
-        for name, methods in groups.items()
-    }
-    assert {len(runs) for methods in groups.values() for runs in methods.values()} == {3}
-    text = ' '.join((ROOT / 'README.md').read_text().split())
+    def __init__(self):
+        from summarize import group_runs, peak_memory, values_of
 
-    def leads(method, other):
-        return [f'{means[name][method] - means[name][other]:.1f}' for name in groups]
+        groups = group_runs(json.loads((ROOT / 'results/small_sets.json').read_text()))
+        assert {len(runs) for methods in groups.values() for runs in methods.values()} == {3}
+        self.means = {
+            name: {method: sum(values_of(name, runs)) / 3 for method, runs in methods.items()}
+            for name, methods in groups.items()
+        }
+        self.peaks = [{method: peak_memory(runs) for method, runs in methods.items()} for methods in groups.values()]
 
-    def memory(method, other):
-        return [f'{peak_memory(of[method]) / peak_memory(of[other]):.2f}' for of in groups.values()]
+    def leads(self, method, other):
+        return [f'{of[method] - of[other]:.1f}' for of in self.means.values()]
 
+    def memory(self, method, other):
+        return [f'{peaks[method] / peaks[other]:.2f}' for peaks in self.peaks]
+
+
+@pytest.fixture(scope='module')
+def small_sets():
+    return SmallSets()
+
+
+def page(path: str) -> str:
+    return ' '.join((ROOT / path).read_text().split())
+
+
+def test_what_the_readme_says_of_the_small_sets(small_sets):
+    text, leads, memory = page('README.md'), small_sets.leads, small_sets.memory
     assert 'by {} points on CamVid, {} on BCCD and {} on nuclei'.format(*leads('e3va', 'frozen')) in text
     ratios = memory('e3va', 'frozen')
     assert f'for {min(ratios)} to {max(ratios)} of its memory' in text
-    assert {max(('mona', 'lora', 'adapter'), key=of.get) for of in means.values()} == {'mona'}
-    assert 'Mona on each, ahead of E³VA by {}, {} and {} points'.format(*leads('mona', 'e3va')) in text
+    for of in small_sets.means.values():
+        assert max((m for m in of if m != 'full' and not m.startswith('e3va')), key=of.get) == 'mona'
+    assert 'Mona is the best on each, ahead of E³VA by {}, {} and {} points'.format(*leads('mona', 'e3va')) in text
     ratios = [float(ratio) for ratio in memory('mona', 'e3va')]
     assert f'for {min(ratios):.1f} to {max(ratios):.1f} times its memory' in text
-    mixers = [{method: mean for method, mean in of.items() if method.startswith('e3va+')} for of in means.values()]
-    best = [max(of, key=of.get) for of in mixers]
-    assert best == ['e3va+mixer48+every2', 'e3va+mixer48x2+rate3', 'e3va+mixer48x2+feedback+rate3']
-    behind = '{}, {} and {} points behind Mona'.format(
-        *(f'{means[name]["mona"] - means[name][method]:.1f}' for name, method in zip(groups, best))
-    )
-    methods = ' '.join((ROOT / 'docs/methods.md').read_text().split())
-    assert behind in text and behind in methods
-    shares = {f'{peak_memory(of[m]) / peak_memory(of["e3va"]):.2f}' for of in groups.values() for m in of if '+' in m}
+    assert 'it is {} points ahead of full'.format(leads('e3va+mixer48x2+rate3', 'full')[2]) in text
+    camvid, _, nuclei = leads('partial', 'e3va')
+    ratios = memory('partial', 'e3va')
+    assert f'is {camvid} and {nuclei} points ahead on CamVid and nuclei, at {min(ratios)} to {max(ratios)} of' in text
+
+
+def test_the_best_variants(small_sets):
+    variants = [{m: mean for m, mean in of.items() if m.startswith('e3va+')} for of in small_sets.means.values()]
+    best = [max(of, key=of.get) for of in variants]
+    assert best == ['e3va+mixer48+every2', 'e3va+mixer48x2+rate3', 'e3va+mixer48x2+rate3']
+    gaps = (f'{of["mona"] - of[method]:.1f}' for of, method in zip(small_sets.means.values(), best))
+    behind = '{}, {} and {} points behind Mona'.format(*gaps)
+    assert behind in page('README.md') and behind in page('docs/methods.md')
+    shares = {f'{peaks[m] / peaks["e3va"]:.2f}' for peaks in small_sets.peaks for m in peaks if '+' in m}
     assert shares == {'1.00', '1.01'}
-    assert means['camvid']['frozen'] > means['camvid']['e3va+mixer48+every2+feedback']
-    steps = (('bccd', 'mixer48x2', 'mixer48x2+rate3', '2.9 points over `mixer48x2`'),
-             ('bccd', 'mixer48x2+feedback+rate3', 'mixer48x2+rate3', 'takes 1.2 points on BCCD'),
-             ('camvid', 'mixer48+every2+feedback', 'mixer48+every2', '`mixer48+every2` loses 2.9 points'),
-             ('camvid', 'mixer48x2', 'mixer48+every2', 'gain 0.4 points over `mixer48x2` on CamVid'))  # fmt: skip
-    for name, without, having, sentence in steps:
-        gain = means[name][f'e3va+{having}'] - means[name][f'e3va+{without}']
-        assert f'{gain:.1f}' in sentence and sentence in methods
+    frozen = small_sets.means['camvid']['frozen']
+    assert all((mean < frozen) == ('feedback' in m or 'rate3' in m) for m, mean in variants[0].items())
+
+
+def test_the_variants_picked_against_light_methods(small_sets):
+    """The variants are those of :func:`test_held_out_choice_of_variants`."""
+    picked = 'e3va+mixer48x2', 'e3va+mixer48x2+rate3', 'e3va+mixer48x2+rate3'
+    ratios = []
+    for of, peaks, method in zip(small_sets.means.values(), small_sets.peaks, picked):
+        assert of[method] > max(of[light] for light in ('frozen', 'partial', 'dtl', 'lst'))
+        ratios.append(f'{peaks[method] / peaks["partial"]:.2f}')
+    assert f'for {min(ratios)} to {max(ratios)} of its memory' in page('docs/methods.md')
+
+
+def test_the_config_of_the_picked_variant():
+    from method_specs import cfg_options
+    from mmengine.config import Config
+
+    text = (ROOT / 'docs/methods.md').read_text()
+    (lines,) = (block for block in text.split('```') if block.startswith('python') and 'lr_mult' in block)
+    options = [option.split('=') for option in cfg_options('e3va+mixer48x2+rate3') if 'frozen_dtype' not in option]
+    expected = Config()
+    expected.merge_from_dict({key: int(value) for key, value in options})
+    assert Config.fromstring(textwrap.dedent(lines.removeprefix('python')), '.py').to_dict() == expected.to_dict()
+
+
+def test_what_is_said_of_other_methods(small_sets):
+    text, leads, memory = page('docs/methods.md'), small_sets.leads, small_sets.memory
+    lorand, partial = ([lead.lstrip('-') for lead in leads(method, 'e3va')] for method in ('lorand', 'partial'))
+    assert 'gains {}, {} and {} points by that, for {} to {} times the memory'.format(
+        *lorand, min(memory('lorand', 'e3va')), max(memory('lorand', 'e3va'))
+    ) in text  # fmt: skip
+    assert '({} points ahead, {} behind, {} ahead)'.format(*partial) in text
+    lst = leads('lst', 'e3va')[1], memory('lst', 'e3va')[1]
+    assert 'LST is {} points ahead on BCCD for {} of the memory'.format(*lst) in text
+    assert leads('mona', 'adaptformer')[0] == '0.1'
+    for name, of in small_sets.means.items():
+        assert of['dtl'] < of['e3va'] and (of['lst'] > of['e3va']) == (name == 'bccd')
+        assert (of['adaptformer'] > of['e3va']) == (name == 'camvid')
+    assert max(abs(float(lead)) for m in ('bitfit', 'normtuning') for lead in leads(m, 'e3va')) == 0.6
+
+
+@pytest.mark.parametrize(
+    ('name', 'without', 'having', 'sentence'),
+    [
+        ('bccd', 'mixer48x2', 'mixer48x2+rate3', '2.9 points over `mixer48x2`'),
+        ('nuclei', 'mixer48x2', 'mixer48x2+rate3', '3e-4, and 1.1 on nuclei'),
+        ('camvid', 'mixer48x2+rate3', 'mixer48x2', 'and costs 1.7 points'),
+        ('bccd', 'mixer48x2+feedback+rate3', 'mixer48x2+rate3', 'takes 1.2 points on BCCD'),
+        ('nuclei', 'mixer48x2+feedback+rate3', 'mixer48x2+rate3', 'on BCCD and 0.2 on nuclei'),
+        ('camvid', 'mixer48+every2+feedback', 'mixer48+every2', '`mixer48+every2` loses 2.9 points'),
+        ('bccd', 'mixer48+every2+rate3', 'mixer48x2+rate3', 'with `rate3` they are 1.2 and'),
+        ('nuclei', 'mixer48+every2+rate3', 'mixer48x2+rate3', 'and 0.4 points behind `mixer48x2` there'),
+        ('camvid', 'mixer48x2', 'mixer48+every2', 'gain 0.4 points over `mixer48x2` on CamVid'),
+    ],
+)
+def test_what_options_gain(small_sets, name, without, having, sentence):
+    gain = small_sets.means[name][f'e3va+{having}'] - small_sets.means[name][f'e3va+{without}']
+    assert f'{gain:.1f}' in sentence and sentence in page('docs/methods.md')
 
 
 def test_held_out_choice_of_variants():
@@ -118,7 +190,7 @@ def test_options_cost_no_accuracy():
 def test_sentences_on_other_backbones():
     from summarize import group_runs, values_of
 
-    text = ' '.join((ROOT / 'docs/backbones.md').read_text().split())
+    text = page('docs/backbones.md')
     leads, pairs = {}, 0
     for name, methods in group_runs(json.loads((ROOT / 'results/backbones.json').read_text())).items():
         by_seed = {m: {run['seed']: values_of(name, [run])[0] for run in methods[m]} for m in ('frozen', 'e3va')}
@@ -139,7 +211,7 @@ def performance(name: str) -> tuple[str, list[dict]]:
     """The text of docs/performance.md, and the rows of a benchmark."""
     from summarize_benchmark import load_rows
 
-    return ' '.join((ROOT / 'docs/performance.md').read_text().split()), load_rows(ROOT / f'results/{name}.json')
+    return page('docs/performance.md'), load_rows(ROOT / f'results/{name}.json')
 
 
 def test_averages_over_the_tasks():
@@ -203,31 +275,41 @@ def test_what_mixers_cost():
 
 
 def test_what_methods_cost_on_a_gpu():
-    text, rows = performance('benchmark_methods')
-    by_method = {row['method']: row for row in rows}
-    mixers = [row for method, row in by_method.items() if method.startswith('e3va+bf16+')]
+    def span(rows, key, reference, chosen):
+        plain = {row['model']: row[key] for row in rows if row['method'] == reference}
+        ratios = sorted(f'{row[key] / plain[row["model"]]:.2f}' for row in rows if chosen(row['method']))
+        return ' to '.join(dict.fromkeys([ratios[0], ratios[-1]]))
 
-    def ratios(key, rows, reference):
-        return sorted(f'{row[key] / reference[key]:.2f}' for row in rows)
+    # Of the tables' run and the one before it.
+    runs = [f'benchmark_{{}}{suffix}' for suffix in ('_before', '')]
+    text, large = performance(runs[1].format('methods'))[0], [performance(run.format('methods'))[1] for run in runs]
 
-    plain = by_method['e3va+bf16']
-    memory, step = (ratios(key, mixers, plain) for key in ('peak_memory_mib', 'step_seconds'))
-    assert f'{memory[0]} to {memory[-1]} of the memory and {step[0]} to {step[-1]} of the time of `bf16`' in text
-    memory, step = (ratios(key, [by_method['mona']], plain)[0] for key in ('peak_memory_mib', 'step_seconds'))
-    assert f'Mona takes {memory} of the memory and {step} of the time' in text
+    def on_swin_l(key, chosen):
+        return [span(rows, key, 'e3va+bf16', chosen) for rows in large]
 
-    small = {(row['model'].split('_')[0], row['method']): row for row in performance('benchmark_small_sets')[1]}
+    assert on_swin_l('peak_memory_mib', lambda m: m.startswith('e3va+bf16+')) == ['1.00 to 1.01'] * 2
+    times = on_swin_l('step_seconds', lambda m: m.startswith('e3va+bf16+'))
+    assert '1.00 to 1.01 of the memory, and {} of the time in the first run, {} in'.format(*times) in text
+    (memory, _), times = (on_swin_l(key, 'mona'.__eq__) for key in ('peak_memory_mib', 'step_seconds'))
+    assert 'Mona takes {} of the memory, and {} and {} of the time'.format(memory, *times) in text
+    rows = [row for row in large[1] if row['method'].startswith('e3va+bf16')]
+    forward = [1000 * row['runs'][0]['phases']['frozen_forward']['seconds'] for row in rows]
+    assert f'takes {min(forward):.0f} to {max(forward):.0f} ms' in text
 
-    def time(model, method):
-        return f'{small[model, method]["step_seconds"] / small[model, "e3va"]["step_seconds"]:.2f}'
+    small = [performance(run.format('small_sets'))[1] for run in runs]
 
-    def times_of_mixers(*models):
-        return sorted(time(model, method) for model, method in small if model in models and '+' in method)
+    def on_small_sets(model, chosen):
+        return [span([row for row in rows if model(row['model'])], 'step_seconds', 'e3va', chosen) for rows in small]
 
-    detectors, camvid = times_of_mixers('retinanet', 'mask-rcnn'), times_of_mixers('swin-nano')
-    assert f"{detectors[0]} to {detectors[-1]} of E³VA's time with detectors" in text
-    assert f'{camvid[0]} to {camvid[-1]} on CamVid' in text
-    assert 'LoRA and Adapter take {} and {} of'.format(time('retinanet', 'lora'), time('retinanet', 'adapter')) in text
+    detectors, camvid = (
+        on_small_sets(lambda m: ('camvid' in m) == wanted, lambda m: '+' in m) for wanted in (False, True)
+    )
+    assert '{} of the time, then {}; CamVid: {}, then {}.'.format(*detectors, *camvid) in text
+    lora, adapter = (on_small_sets(lambda m: 'bccd' in m, m.__eq__) for m in ('lora', 'adapter'))
+    assert (
+        "{} and {} of E³VA's time on BCCD, then {} and {}".format(*(x for pair in zip(lora, adapter) for x in pair))
+        in text
+    )
 
 
 def test_time_of_the_optimizer():
@@ -237,9 +319,9 @@ def test_time_of_the_optimizer():
 
     stock, merged = (
         [optimizer(name, method) for method in ('e3va', 'mona')]
-        for name in ('benchmark_groups', 'benchmark_small_sets')
+        for name in ('benchmark_groups', 'benchmark_small_sets_before')
     )
-    text = ' '.join((ROOT / 'README.md').read_text().split())
+    text = page('README.md')
     assert '{} ms for E³VA and {} for Mona, merged {} and {}'.format(*stock, *merged) in text
 
 

@@ -31,7 +31,7 @@ rates() { train --train-args amp --held-out --schedule 0.5 --work-dir work_dirs/
 # All methods on the small sets: those that E3VA is to be level with come first. Three rates each, and two more seeds for
 # the better two; CamVid's rates are one step higher, since its best was the highest of the others' three for every method.
 compared='frozen e3va full mona adapter lora e3va+mixer e3va+mixer48x2 e3va+mixer48+every2'
-compared+=' e3va+mixer48x2+rate3 e3va+mixer48x2+feedback+rate3 e3va+mixer48+every2+feedback'
+compared+=' e3va+mixer48x2+rate3 e3va+mixer48+every2+rate3 e3va+mixer48x2+feedback+rate3 e3va+mixer48+every2+feedback'
 others='bitfit normtuning partial adaptformer lorand lst dtl'
 for methods in "$compared" "$others"; do
     # shellcheck disable=SC2086
