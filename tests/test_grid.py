@@ -145,6 +145,9 @@ def test_no_detections_count_as_zero():
 def test_contended_step_times_are_left_out():
     run = {**result('e3va', 40), 'jobs': 2}
     assert '| 100 MiB |  | 2 MiB |' in summarize.summarize({'runs': {'a': run}})
+    alone = {('shapes-96x96', 'e3va'): 0.25}
+    for method in ('e3va', 'e3va+rate3'):
+        assert '| 100 MiB | 250 ms | 2 MiB |' in summarize.summarize({'runs': {'a': {**run, 'method': method}}}, alone)
 
 
 def test_other_backbones_have_rows_of_their_own():

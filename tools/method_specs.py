@@ -61,6 +61,11 @@ def backbone_of(method: str) -> dict:
     return backbone
 
 
+def without_rates(method: str) -> str:
+    """The method that costs the same and trains at one rate."""
+    return '+'.join(part for part in method.split('+') if part not in RATES)
+
+
 def config_prefix(method: str) -> str:
     """How the configs that a method starts from begin: '', 'frozen-' or 'e3va-'."""
     return {None: '', 'TunedBackbone': 'frozen-', 'E3VABackbone': 'e3va-'}[backbone_of(method).get('type')]

@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
+from method_specs import without_rates
 from scipy.optimize import isotonic_regression
 
 BACKBONES = ('vit-tiny', 'efficientnet-lite0')  # those that are named beside the data set
@@ -63,8 +64,13 @@ def trained_parameters(run: dict) -> int:
     return sum(parts[part]['trainable'] for part in ('backbone', 'highway') if part in parts)
 
 
-def summarize(content: dict) -> str:
-    """The table as text; a row a data set and method (and learning rate, if there are several), with its seeds."""
+def summarize(content: dict, alone: dict[tuple[str, str], float] | None = None) -> str:
+    """The table as text; a row a data set and method (and learning rate, if there are several), with its seeds.
+
+    Args:
+        content: of the result file.
+        alone: seconds of a step by data set and method, for runs that shared the device, whose own say nothing.
+    """
     lines = [
         '| data set | method | metric (%) | seeds | trained in the backbone | peak memory | step | checkpoint |',
         '|---|---|---|---|---|---|---|---|',
@@ -76,7 +82,8 @@ def summarize(content: dict) -> str:
                 by_rate.setdefault(run.get('learning_rate'), []).append(run)
             for rate, group in sorted(by_rate.items(), key=lambda item: item[0] or 0):
                 label = NAMES.get(method, method) + (f', rate {rate:g}' if rate and len(by_rate) > 1 else '')
-                lines.append(_row(dataset, label, group))
+                seconds = _step_seconds(group) or (alone or {}).get((dataset, without_rates(method)))
+                lines.append(_row(dataset, label, group, seconds))
     return '\n'.join(lines)
 
 
@@ -123,11 +130,16 @@ def _order(item: tuple[str, list[dict]]) -> tuple:
     return (method == 'full') - (method == 'frozen'), method.startswith('e3va'), trained_parameters(runs[0]), method
 
 
-def _row(dataset: str, label: str, runs: list[dict]) -> str:
+def _step_seconds(runs: list[dict]) -> float | None:
+    """The median step of runs that each had the device to itself."""
+    if any(run['jobs'] > 1 for run in runs):
+        return None
+    return statistics.median(run['report']['step_seconds_median'] for run in runs)
+
+
+def _row(dataset: str, label: str, runs: list[dict], step_seconds: float | None) -> str:
     report = runs[0]['report']
-    # Several runs at a time share the device, and their step times say nothing.
-    alone = all(run['jobs'] == 1 for run in runs)
-    step = f'{1000 * statistics.median(run["report"]["step_seconds_median"] for run in runs):.0f} ms' if alone else ''
+    step = f'{1000 * step_seconds:.0f} ms' if step_seconds else ''
     return (
         f'| {dataset} | {label} | {metric_of(dataset)[0].split("/")[-1]} '
         f'{_format_mean(dataset, runs)} | {len(runs)} | {trained_parameters(runs[0]):,} | '

@@ -58,6 +58,12 @@ _demo = _of_content(lambda content: demo.format_table(content['rows']))
 _accuracy, _pivot = _of_content(summarize.summarize), _of_content(summarize.pivot)
 
 
+def _accuracy_and_step(path: Path, benchmark: Path) -> str:
+    """The table of runs that shared a device, with the steps of their methods measured alone."""
+    rows = {(summarize.dataset_of(row['config']), row['method']): row['step_seconds'] for row in load_rows(benchmark)}
+    return summarize.summarize(json.loads(path.read_text()), alone=rows)
+
+
 def _dinov2(path: Path) -> str:
     return format_table([row for row in load_rows(path) if '-g_' in row['model'] and row['image_size'] == [896, 896]])
 
@@ -100,7 +106,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'performance table', format_overview, ('benchmark_gpu',)),
     ('README.md', 'dinov2 table', _dinov2, ('benchmark_dinov2',)),
     ('README.md', 'results table', _pivot, ('small_sets',)),
-    ('docs/methods.md', 'small sets', _accuracy, ('small_sets',)),
+    ('docs/methods.md', 'small sets', _accuracy_and_step, ('small_sets', 'benchmark_small_sets')),
     ('docs/methods.md', 'shapes methods', _accuracy, ('shapes_methods_cpu',)),
     ('docs/methods.md', 'camvid cpu', _accuracy, ('camvid_cpu',)),
     ('docs/methods.md', 'rates', _accuracy, ('rates',)),
