@@ -181,14 +181,15 @@ def draw(content: dict, target: Path) -> None:
 
 def _styles(methods: list[str]) -> dict[str, dict[str, str]]:
     """A marker and its fill for each method, the same in all panels."""
-    numbers = {True: itertools.count(), False: itertools.count()}
-    return {
-        method: {
-            'marker': MARKERS[next(numbers[ours := method.startswith('e3va')]) % len(MARKERS)],
-            'markerfacecolor': 'black' if method == 'full' else '0.6' if ours else 'white',
-        }
-        for method in methods
-    }
+    variants = [method for method in methods if method.startswith('e3va')]
+    others = [method for method in methods if method not in variants]
+    styles = {}
+    for family, fill in ((others, 'white'), (variants, '0.6')):
+        for method, marker in zip(family, itertools.cycle(MARKERS)):
+            styles[method] = dict(marker=marker, markerfacecolor=fill)
+    if 'full' in styles:
+        styles['full']['markerfacecolor'] = 'black'
+    return styles
 
 
 def _side_by_side(places: dict[str, float]) -> dict[str, float]:
