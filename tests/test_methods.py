@@ -258,6 +258,8 @@ def test_full_is_in_train_mode_and_the_others_are_not():
         (dict(type='Mona', kernel_sizes=(2, 3)), 'kernel_sizes must be odd'),
         (dict(type='LoRA', rank=8), 'peft does not take method=.*rank'),
         (dict(type='PEFT', peft_type='LORE'), 'peft does not take method=.*LORE'),
+        (dict(type='PEFT', peft_type='LOHA'), 'peft does not take method=.*LOHA.*target_modules'),
+        (dict(type='LoRA', target_modules=['qvk']), 'peft does not take method=.*qvk'),
         (dict(type='DTL', first_stage=4), r'first_stage must be one of \[0, 1, 2, 3\], got 4'),
         (dict(type='DTL', num_fed_blocks=2), 'leaves stage 2 without a fed block'),
         (dict(type='LST', reduction=8), 'can not have the .* heads'),

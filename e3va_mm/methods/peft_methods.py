@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -25,7 +27,7 @@ class PEFT(Method):
 
     def __init__(self, taps: SwinTaps, peft_type: str, **options) -> None:
         super().__init__(taps)
-        given = dict(peft_type=peft_type, **options)
+        self.given = dict(peft_type=peft_type, **options)
         stages = getattr(taps, 'stages', None)
         bypassed = set(stages.bypassed if stages else ()) & set(options.get('target_modules') or ())
         if bypassed:
@@ -33,17 +35,24 @@ class PEFT(Method):
                 f'method.target_modules has {sorted(bypassed)}, but {type(stages.model).__name__} uses the weights of '
                 'these layers without calling them: what peft injects there would have no effect'
             )
-        try:
-            self.config = _import_peft().get_peft_config(dict(given))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'peft does not take method={given}: {error}') from error
+        with self._refusals():
+            self.config = _import_peft().get_peft_config(dict(self.given))
 
     def inject(self, backbone: nn.Module) -> None:
-        _import_peft().inject_adapter_in_model(copy.deepcopy(self.config), backbone)
+        with self._refusals():
+            _import_peft().inject_adapter_in_model(copy.deepcopy(self.config), backbone)
 
     def trained_names(self, backbone: nn.Module) -> set[str]:
         # peft has frozen all that it does not train.
         return {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Names the options in what peft raises, which does not know them as those of ``method``."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'peft does not take method={self.given}: {error}') from error
 
 
 class LoRA(PEFT):
