@@ -246,6 +246,8 @@ def test_a_share_of_the_schedule():
     config = Config.fromfile(ROOT / run.config)
     config.merge_from_dict({key: int(value) for key, value in (option.split('=') for option in run.cfg_options)})
     assert config.train_cfg.max_iters == config.train_cfg.val_interval == config.param_scheduler[1].end == 300
+    with pytest.raises(ValueError, match='30 iterations, but its warm-up alone takes 30'):
+        run_grid.plan(grid_args(schedule=0.05))
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path, monkeypatch):

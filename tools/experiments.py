@@ -131,10 +131,17 @@ def run_one(run: Run, work_dir: Path, variables: dict[str, str] | None = None) -
 
 @functools.cache
 def shorten(config: str, share: float) -> list[str]:
-    """Overrides that train for a share of the config's iterations."""
+    """Overrides that train for a share of the config's iterations.
+
+    Raises:
+        ValueError: the share ends within the warm-up.
+    """
     if share == 1:
         return []
-    iterations = round(share * Config.fromfile(ROOT / config).train_cfg.max_iters)
+    loaded = Config.fromfile(ROOT / config)
+    iterations, warm_up = round(share * loaded.train_cfg.max_iters), loaded.param_scheduler[1].begin
+    if iterations <= warm_up:
+        raise ValueError(f'{share} of {config} are {iterations} iterations, but its warm-up alone takes {warm_up}')
     keys = ('train_cfg.max_iters', 'train_cfg.val_interval', 'param_scheduler.1.end')
     return [f'{key}={iterations}' for key in keys]
 
