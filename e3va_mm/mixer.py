@@ -7,16 +7,17 @@ addition, and pays with a graph through all blocks; here the mixing is on the hi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class MultiScaleDepthwise(nn.Module):
-    """The mean of depthwise convolutions of several (odd) sizes, (B, width, H, W) to the same shape.
+    """``x + mean_k conv_k(x)`` with depthwise convolutions of several (odd) sizes, (B, width, H, W) to the same shape.
 
-    It is evaluated as the one convolution that it is equal to, and that is put together in few operations: on small
-    images each costs its launch.
+    It is evaluated as the one convolution that it is equal to, see :func:`merge`.
     """
 
     def __init__(self, width: int, kernel_sizes: Sequence[int]) -> None:
@@ -25,20 +26,54 @@ class MultiScaleDepthwise(nn.Module):
             nn.Conv2d(width, width, size, padding=size // 2, groups=width) for size in kernel_sizes
         )
         self.kernel_size = max(kernel_sizes)
-        self.register_buffer(
-            'places', torch.cat([_places(size, self.kernel_size) for size in kernel_sizes]), persistent=False
-        )
+        places = [_places(size, self.kernel_size) for size in kernel_sizes]
+        self.register_buffer('places', torch.cat(places) / len(places), persistent=False)
+        self.register_buffer('identity', _places(1, self.kernel_size), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        kernels = torch.cat([conv.weight.flatten(1) for conv in self.convs], 1) @ self.places / len(self.convs)
-        bias = torch.stack([conv.bias for conv in self.convs]).mean(0)
-        weight = kernels.view(-1, 1, self.kernel_size, self.kernel_size)
-        return nn.functional.conv2d(image, weight, bias, padding=self.kernel_size // 2, groups=len(bias))
+        return _depthwise(image, *(merged[0] for merged in merge([self])))
+
+
+def merge(filters: Sequence[MultiScaleDepthwise]) -> tuple[Tensor, Tensor]:
+    """The kernels (N, width, 1, size, size) and biases (N, width) that filters of equal width and sizes are equal to.
+
+    They are put together for all filters at once: on small images each operation costs its launch.
+    """
+    first, device = filters[0], filters[0].places.device.type
+    with torch.autocast(device, enabled=False):
+        kernels = first.identity
+        sizes = [conv.weight[0].numel() for conv in first.convs]
+        for index, places in enumerate(first.places.split(sizes)):
+            kernels = torch.addmm(kernels, _rows([filter.convs[index].weight for filter in filters]).flatten(1), places)
+        biases = torch.cat([conv.bias for filter in filters for conv in filter.convs])
+    biases = biases.view(len(filters), len(sizes), -1).mean(1)
+    return kernels.view(*biases.shape, 1, first.kernel_size, first.kernel_size), biases
+
+
+def _rows(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _depthwise(image: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(image, kernel, bias, padding=kernel.shape[-1] // 2, groups=len(bias))
 
 
 def _places(size: int, largest: int) -> Tensor:
     """(size², largest²): the place of each element of a flattened kernel in that of a larger one, around it."""
-    return nn.functional.pad(torch.eye(size**2).view(-1, size, size), [(largest - size) // 2] * 4).flatten(1)
+    return F.pad(torch.eye(size**2).view(-1, size, size), [(largest - size) // 2] * 4).flatten(1)
+
+
+class MixerWeights(NamedTuple):
+    """What a mixer of width ``w`` for tokens of width ``C`` computes with; all but the norm's in one dtype."""
+
+    norm_weight: Tensor  # (C,)
+    norm_bias: Tensor  # (C,)
+    kernel: Tensor  # (w, 1, k, k)
+    kernel_bias: Tensor  # (w,)
+    down: Tensor  # (w, C)
+    down_bias: Tensor  # (w,)
+    up: Tensor  # (C, w)
+    up_bias: Tensor  # (C,)
 
 
 class StateMixer(nn.Module):
@@ -77,10 +112,41 @@ class StateMixer(nn.Module):
             state: tokens (B, H * W, C).
             size: their height H and width W.
         """
-        reduced = self.down(self.norm(state))
-        mixed = self.filter(reduced.transpose(1, 2).unflatten(2, size))
-        active = nn.functional.gelu(reduced + mixed.flatten(2).transpose(1, 2))
-        return state + self.up(active).to(state.dtype)
+        return mix(state, size, mixer_weights([self])[0])
+
+
+def mixer_weights(mixers: Sequence[StateMixer]) -> list[MixerWeights]:
+    """The weights of mixers of equal width, in the dtype that autocast computes in; few operations for all of them."""
+    if not mixers:
+        return []
+    kernels, biases = merge([mixer.filter for mixer in mixers])
+    linears = [weight for mixer in mixers for weight in (*mixer.down.parameters(), *mixer.up.parameters())]
+    kernels, biases, *linears = _autocast_together([kernels, biases, *linears])
+    quadruples = zip(*[iter(linears)] * 4)
+    return [
+        MixerWeights(mixer.norm.weight, mixer.norm.bias, *weights, *linear)
+        for mixer, *weights, linear in zip(mixers, kernels, biases, quadruples)
+    ]
+
+
+def mix(state: Tensor, size: tuple[int, int], weights: MixerWeights) -> Tensor:
+    """What :class:`StateMixer` is, as a function of its weights."""
+    with torch.autocast(state.device.type, enabled=False):
+        normed = F.layer_norm(state, state.shape[-1:], weights.norm_weight, weights.norm_bias)
+        reduced = F.linear(normed.to(weights.down.dtype), weights.down, weights.down_bias)
+        image = reduced.transpose(1, 2).unflatten(2, size)
+        active = F.gelu(_depthwise(image, weights.kernel, weights.kernel_bias)).flatten(2).transpose(1, 2)
+        return (state + F.linear(active, weights.up, weights.up_bias)).to(state.dtype)
+
+
+def _autocast_together(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """The tensors in the dtype of autocast, by one cast for all."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(torch.get_autocast_dtype(device))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
 
 def build_mixers(embed_dims: int, depth: int = 1, **options) -> nn.ModuleList:

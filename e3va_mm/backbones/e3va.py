@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..highway import Recomputed, StageHighway
-from ..mixer import build_mixers
+from ..mixer import MixerWeights, build_mixers, mix, mixer_weights
 from ..tap_record import TapStorage
 from ..taps import Size, StageStart
 from .base import FrozenBackbone, parse_dtype
@@ -140,14 +141,19 @@ class E3VABackbone(FrozenBackbone):
             with torch.no_grad():
                 tokens, size = self.taps.embed(images)
             offset, outputs = None, []
-            for index in range(len(self.segments)):
-                output, tokens, size, offset = self._advance(index, tokens, size, offset)
+            for index, mixers in enumerate(self._mixer_weights()):
+                output, tokens, size, offset = self._advance(index, mixers, tokens, size, offset)
                 if output is not None:
                     outputs.append(output)
         return tuple(outputs)
 
+    def _mixer_weights(self) -> list[list[MixerWeights]]:
+        """Those of each segment's mixers."""
+        weights = iter(mixer_weights([mixer for mixers in self.mixers for mixer in mixers]))
+        return [[next(weights) for _ in mixers] for mixers in self.mixers]
+
     def _advance(
-        self, index: int, tokens: Tensor, size: Size, offset: Tensor | None
+        self, index: int, mixers: list[MixerWeights], tokens: Tensor, size: Size, offset: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Size, Tensor | None]:
         """From the start of a segment to its output (or None) and to the start of the next: tokens, size and offset.
 
@@ -158,7 +164,8 @@ class E3VABackbone(FrozenBackbone):
         tokens, delta = self._run_segment(index, tokens, size)
         offset = _add(offset, delta)
         next_size = None if is_last else self._next_size(segment, tokens, size)
-        output, carried, mixed = self._finish_segment(index, self.taps.patches(tokens), offset, size, next_size)
+        state = self.taps.patches(tokens), offset
+        output, carried, mixed = self._finish_segment(index, mixers, *state, size, next_size)
         if is_last:
             return output, tokens, size, offset
         if mixed is not None and offset is not None:
@@ -201,16 +208,22 @@ class E3VABackbone(FrozenBackbone):
         return end, delta.to(torch.promote_types(delta.dtype, torch.float32))
 
     def _finish_segment(
-        self, index: int, tokens: Tensor, offset: Tensor | None, size: Size, next_size: Size | None
+        self,
+        index: int,
+        mixers: list[MixerWeights],
+        tokens: Tensor,
+        offset: Tensor | None,
+        size: Size,
+        next_size: Size | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The segment's output, the state at the start of the next segment, and the mixed state for feedback."""
-        segment, mixers, dtype = self.segments[index], self.mixers[index], tokens.dtype
+        segment, dtype = self.segments[index], tokens.dtype
         norm = self.norms.get(segment.stage) if segment.ends_stage else None
 
         # Lives as long as the graph: a tensor that it named would be kept as well.
         def finish(state: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-            for mixer in mixers:
-                state = mixer(state, size)
+            for weights in mixers:
+                state = mix(state, size, weights)
             output = None if norm is None else self._output(norm, state, dtype, size)
             carried = state if next_size else None
             if next_size and segment.ends_stage:
@@ -218,7 +231,7 @@ class E3VABackbone(FrozenBackbone):
             return output, carried, state.detach() if next_size and self.feedback else None
 
         # Mixers, output norm and downsampling are cheap and start from the same state, so one copy of it serves all.
-        parameters = (*mixers.parameters(), *(() if norm is None else norm.parameters()))
+        parameters = (*itertools.chain(*mixers), *(() if norm is None else norm.parameters()))
         output, carried, mixed = Recomputed.apply(finish, self.state_dtype, _add(tokens, offset), *parameters)
         return output, carried, None if mixed is None else mixed.detach()
 

@@ -218,6 +218,6 @@ class _MonaAdapter(nn.Module):
         """tokens (B, L, C) of height and width ``size`` -> what is added to them."""
         scaled = self.norm(tokens) * self.norm_scale + tokens * self.skip_scale
         reduced = self.bottleneck.down(scaled).transpose(1, 2).unflatten(2, tuple(size))
-        reduced = reduced + self.filter(reduced)
+        reduced = self.filter(reduced)
         reduced = reduced + self.pointwise(reduced)
         return self.bottleneck.up(F.gelu(reduced.flatten(2).transpose(1, 2)))
