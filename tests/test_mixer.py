@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import e3va, images, saved_bytes, stir, swin
+from conftest import ROOT, e3va, images, saved_bytes, stir, swin
 from mmengine.registry import MODELS
 
 from e3va_mm.backbones import e3va as e3va_module
@@ -86,10 +86,18 @@ def test_is_the_same_in_half_precision():
 
 
 @pytest.mark.parametrize(
-    ('mixer', 'number'), [(dict(), 1_337_088), (dict(width=48, depth=2), 1_610_880)], ids=['defaults', '48x2']
+    ('options', 'number'),
+    [
+        (dict(mixer=dict()), 1_337_088),
+        (dict(mixer=dict(width=48, depth=2)), 1_610_880),
+        (dict(mixer=dict(width=96)), 1_605_120),
+        (dict(adapter=dict(rank=4), mixer=dict(width=96, every=6)), 1_239_360),
+    ],
+    ids=['defaults', '48x2', '96', 'rank 4, 96, every 6'],
 )
-def test_parameter_count(mixer, number):
-    """1.5 and 1.9 % of Swin-B's 86.75 M; a mixer of width w has (2 w + 3) C + 87 w a stage."""
+def test_parameter_count(options, number):
+    """Less than 2 % of Swin-B's 86.75 M; a mixer of width w has (2 w + 3) C + 87 w."""
     backbone = swin(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
-    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone, mixer=mixer))
-    assert sum(parameter.numel() for parameter in model.adapter_parameters().values()) == number
+    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone, **options))
+    assert sum(parameter.numel() for parameter in model.adapter_parameters().values()) == number < 0.02 * 86.75e6
+    assert f'| {number:,} |' in (ROOT / 'docs/methods.md').read_text()

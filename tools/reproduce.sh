@@ -33,7 +33,8 @@ rates() { train --train-args amp --held-out --schedule 0.5 --work-dir work_dirs/
 compared='frozen e3va full mona adapter lora e3va+mixer e3va+mixer48x2 e3va+mixer48+every2'
 compared+=' e3va+mixer48x2+rate3 e3va+mixer48+every2+rate3 e3va+mixer48x2+feedback+rate3 e3va+mixer48+every2+feedback'
 others='bitfit normtuning partial adaptformer lorand lst dtl'
-for methods in "$compared" "$others"; do
+adapters='e3va+mixing3 e3va+pca e3va+rank16'
+for methods in "$compared" "$others" "$adapters"; do
     # shellcheck disable=SC2086
     rates --seeds 0 --datasets bccd nuclei --learning-rates 3e-4 1e-3 3e-3 --methods $methods
     # shellcheck disable=SC2086
@@ -43,6 +44,22 @@ for methods in "$compared" "$others"; do
     # shellcheck disable=SC2086
     train --train-args amp --rates-from results/rates.json --out results/small_sets.json --methods $methods
 done
+
+# Variants compared at one rate by three seeds, and the better ones in full.
+explore() {  # rate, options of all, data sets
+    local methods=() options
+    for options in mixer96 mixer64+every2 rank4+mixer96+every2 mixer48x2 mixer48+every2 mixer96+kaiming; do
+        methods+=("e3va+$options$2")
+    done
+    [ -z "$2" ] && methods+=(e3va+mixer96+rate03) || methods+=(e3va+mixer96+rate10)
+    rates --datasets "${@:3}" --learning-rates "$1" --methods "${methods[@]}"
+}
+explore 1e-2 '' camvid
+explore 1e-3 +rate3 bccd nuclei
+best() { train --train-args amp --rates-from results/rates.json --out results/small_sets.json "$@"; }
+best --datasets camvid --methods e3va+rank4+mixer96+every2 e3va+mixer64+every2
+best --datasets bccd --methods e3va+mixer96+rate10 e3va+mixer64+every2+rate3
+best --datasets nuclei --methods e3va+mixer96+rate10 e3va+mixer96+rate3
 
 # What the fast options do to accuracy, in fp32 but for what they change.
 guard() { train --work-dir work_dirs/guard --out results/guard.json --methods e3va e3va+bf16 e3va+bf16+taps-float8 \
@@ -91,13 +108,25 @@ alone() {  # file, images, config, options
     measure --out "results/$1.json" --tasks --configs "$3" --data real --batch-sizes "$2" \
         --precisions amp-fp16 --steps 20 --warmup 5 "${@:4}"
 }
+camvid=configs/camvid/swin-nano_upernet_1xb16-600_camvid-352x480.py
 bccd=configs/bccd/retinanet_swin-nano_fpn_1xb8-400_bccd.py
+nuclei=configs/nuclei/mask-rcnn_swin-nano_fpn_1xb8-300_nuclei.py
 small=benchmark_small_sets
 # shellcheck disable=SC2086
 {
-    alone $small 16 configs/camvid/swin-nano_upernet_1xb16-600_camvid-352x480.py --methods $costing $others
+    alone $small 16 $camvid --methods $costing $others
     alone $small 8 $bccd --methods $costing $others
-    alone $small 8 configs/nuclei/mask-rcnn_swin-nano_fpn_1xb8-300_nuclei.py --methods $costing $others
+    alone $small 8 $nuclei --methods $costing $others
+}
+key='--repeats 3 --profile --methods e3va e3va+mixer96 e3va+rank4+mixer96+every2 e3va+mixer48x2 mona'
+# shellcheck disable=SC2086
+{
+    measure --out results/benchmark_mixers.json --batch-sizes 2 --tasks upernet --sizes l --steps 10 --warmup 3 --repeats 3 \
+        --profile --cfg-options optim_wrapper.constructor=MergedGroupsConstructor \
+        --methods e3va+bf16 e3va+bf16+mixer96 e3va+bf16+rank4+mixer96+every6 mona
+    alone benchmark_mixers 16 $camvid $key
+    alone benchmark_mixers 8 $bccd $key
+    alone benchmark_mixers 8 $nuclei $key
 }
 alone benchmark_groups 8 $bccd --cfg-options optim_wrapper.constructor=DefaultOptimWrapperConstructor \
     --methods e3va e3va+mixer48x2 mona full

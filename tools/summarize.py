@@ -5,6 +5,7 @@ import argparse
 import itertools
 import json
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 
 import matplotlib
@@ -36,6 +37,13 @@ def group_runs(content: dict) -> dict[str, dict[str, list[dict]]]:
     for run in content['runs'].values():
         groups[dataset_of(run['config'])].setdefault(run['method'], []).append(run)
     return {dataset: methods for dataset, methods in groups.items() if methods}
+
+
+def without_variants(content: dict, kept: Collection[str]) -> dict:
+    """What a result file holds, but of the variants of E³VA only ``kept``."""
+    runs = content['runs'].items()
+    shown = {name: run for name, run in runs if not run['method'].startswith('e3va+') or run['method'] in kept}
+    return {**content, 'runs': shown}
 
 
 def dataset_of(config: str) -> str:

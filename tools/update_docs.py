@@ -18,6 +18,8 @@ import summarize
 from experiments import ROOT
 from summarize_benchmark import draw, format_table, group_rows, load_rows, report
 
+# The variants of E³VA that held-out images pick: for segmentation and for detectors.
+PICKED = ('e3va+rank4+mixer96+every2', 'e3va+mixer96+rate10')
 # Columns and rows of the README's overview; the rows are methods at batch 8 with fp32 heads.
 OVERVIEW_MODELS = {
     'upernet swin-l': 'UPerNet Swin-L, 512²',
@@ -49,13 +51,18 @@ RATIOS = [
 ]
 
 
+def _picked(content: dict) -> dict:
+    return summarize.without_variants(content, PICKED)
+
+
 def _of_content(make: Callable[[dict], str]) -> Callable[[Path], str]:
     """``make`` of what a result file holds."""
     return lambda path: make(json.loads(path.read_text()))
 
 
 _demo = _of_content(lambda content: demo.format_table(content['rows']))
-_accuracy, _pivot = _of_content(summarize.summarize), _of_content(summarize.pivot)
+_accuracy = _of_content(summarize.summarize)
+_pivot = _of_content(lambda content: summarize.pivot(_picked(content)))
 
 
 def _accuracy_and_step(path: Path, benchmark: Path) -> str:
@@ -100,6 +107,22 @@ def format_ratios(*paths: Path) -> str:
     return '\n'.join(lines)
 
 
+def format_mixers(path: Path) -> str:
+    """What variants take of E³VA's memory, time of kernels, their number and time of a step."""
+    lines = ['| | | memory | time of kernels | kernels | step |', '|---' * 6 + '|']
+    for (model,), group in group_rows(load_rows(path), 'model').items():
+        plain, *others = group
+        for row in others:
+            ratios = (f'{one / other:.2f}' for one, other in zip(_costs(row), _costs(plain)))
+            lines.append(f'| {model} | {row["method"]} | ' + ' | '.join(ratios) + ' |')
+    return '\n'.join(lines)
+
+
+def _costs(row: dict) -> tuple[float, ...]:
+    calls = row['runs'][0]['most_time'][0]['calls']
+    return row['peak_memory_mib'], row['kernel_seconds'], calls, row['step_seconds']
+
+
 # Page, name, what makes the table, and the result files it is made of.
 SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'demo table', _demo, ('demo',)),
@@ -112,6 +135,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/methods.md', 'rates', _accuracy, ('rates',)),
     ('docs/backbones.md', 'backbones', _accuracy, ('backbones',)),
     ('docs/performance.md', 'guard', _accuracy, ('guard',)),
+    ('docs/performance.md', 'mixers', format_mixers, ('benchmark_mixers',)),
     ('docs/performance.md', 'of frozen', format_ratios, ('benchmark_gpu', 'benchmark_compiled')),
     *(
         ('docs/benchmarks.md', name, report, (name,))
@@ -122,6 +146,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
             'benchmark_cpu',
             'benchmark_cpu_sizes',
             'benchmark_cpu_mixer',
+            'benchmark_mixers',
             'benchmark_methods',
             'benchmark_small_sets',
             'benchmark_groups',
@@ -161,8 +186,8 @@ def redraw(pages: dict[str, str]) -> None:
         for plot in Path(folder).iterdir():
             if plot.name in shown:
                 shutil.copy(plot, images)
-    for name in ('shapes_methods_cpu', 'small_sets'):
-        summarize.draw(json.loads((ROOT / f'results/{name}.json').read_text()), images / f'{name}.png')
+    for name, shown in (('shapes_methods_cpu', lambda content: content), ('small_sets', _picked)):
+        summarize.draw(shown(json.loads((ROOT / f'results/{name}.json').read_text())), images / f'{name}.png')
 
 
 def main() -> None:
