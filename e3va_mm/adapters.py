@@ -15,6 +15,7 @@ Deviation: the paper applies the adapters of a stage one after the other. They d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class BottleneckWeights(NamedTuple):
     up_bias: Tensor  # (N, C)
 
     def to(self, dtype: torch.dtype) -> BottleneckWeights:
-        return BottleneckWeights(*(weight.to(dtype) for weight in self))
+        return BottleneckWeights(*cast_together(self, dtype))
 
     def select(self, adapters: slice) -> BottleneckWeights:
         return BottleneckWeights(*(weight[adapters] for weight in self))
@@ -107,6 +108,15 @@ def _mix(reduced: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
     return mixed.unflatten(1, (num_adapters, width)).permute(1, 0, 3, 4, 2).reshape(reduced.shape)
 
 
+def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """The tensors in ``dtype``, by one cast for all of them: they are many and small, and each cast has its launch."""
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(dtype)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
+
+
 class TapReduction(torch.autograd.Function):
     """The rank-space images ``z P`` of a :class:`~e3va_mm.tap_record.TapRecord`, with gradient to ``P``."""
 
@@ -154,7 +164,8 @@ def _rerun_backward(rerun, grad_reduced: Tensor, grad_down_in: Tensor) -> None:
 class RankExpansion(torch.autograd.Function):
     """From rank-space images (N, M, W) to the sum of the adapters' deltas, (M, C).
 
-    Only its inputs are kept: the hidden activations are computed again, a group of adapters at a time.
+    Only its inputs are kept, and the weights as they were computed with, whose casts are many small operations: the
+    hidden activations are computed again, a group of adapters at a time.
     """
 
     @staticmethod
@@ -167,19 +178,18 @@ class RankExpansion(torch.autograd.Function):
             for group in _groups(reduced, cast.down_out.shape[-1]):
                 *_, expanded = _expand(reduced[group], core[group], cast.select(group))
                 delta = torch.addmm(delta, _side_by_side(expanded), cast.up_out[group].flatten(0, 1))
-        ctx.save_for_backward(reduced, *weights)
+        ctx.save_for_backward(reduced, core, *weights, *cast)
         return delta
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        reduced, *fields = ctx.saved_tensors
-        weights = BottleneckWeights(*fields)
+        reduced, core, *fields = ctx.saved_tensors
+        number = len(BottleneckWeights._fields)
+        weights, cast = BottleneckWeights(*fields[:number]), BottleneckWeights(*fields[number:])
         grad, grad_reduced = grad.to(reduced.dtype), torch.empty_like(reduced)
         grads = BottleneckWeights(*(torch.empty_like(weight) for weight in weights))
         with torch.autocast(grad.device.type, enabled=False):
-            cast = weights.to(reduced.dtype)
-            core = _block_diagonal(cast.core)
             grads.up_bias.copy_(grad.sum(0).expand_as(weights.up_bias))
             for group in _groups(reduced, cast.down_out.shape[-1]):
                 members = (reduced[group], core[group], cast.select(group), grads.select(group))

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapters import cast_together
+
 
 class MultiScaleDepthwise(nn.Module):
     """``x + mean_k conv_k(x)`` with depthwise convolutions of several (odd) sizes, (B, width, H, W) to the same shape.
@@ -121,7 +123,9 @@ def mixer_weights(mixers: Sequence[StateMixer]) -> list[MixerWeights]:
         return []
     kernels, biases = merge([mixer.filter for mixer in mixers])
     linears = [weight for mixer in mixers for weight in (*mixer.down.parameters(), *mixer.up.parameters())]
-    kernels, biases, *linears = _autocast_together([kernels, biases, *linears])
+    device = kernels.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernels.dtype
+    kernels, biases, *linears = cast_together([kernels, biases, *linears], dtype)
     quadruples = zip(*[iter(linears)] * 4)
     return [
         MixerWeights(mixer.norm.weight, mixer.norm.bias, *weights, *linear)
@@ -137,16 +141,6 @@ def mix(state: Tensor, size: tuple[int, int], weights: MixerWeights) -> Tensor:
         image = reduced.transpose(1, 2).unflatten(2, size)
         active = F.gelu(_depthwise(image, weights.kernel, weights.kernel_bias)).flatten(2).transpose(1, 2)
         return (state + F.linear(active, weights.up, weights.up_bias)).to(state.dtype)
-
-
-def _autocast_together(tensors: list[Tensor]) -> Sequence[Tensor]:
-    """The tensors in the dtype of autocast, by one cast for all."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(torch.get_autocast_dtype(device))
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
 
 
 def build_mixers(embed_dims: int, depth: int = 1, **options) -> nn.ModuleList:
