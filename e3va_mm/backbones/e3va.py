@@ -164,8 +164,8 @@ class E3VABackbone(FrozenBackbone):
         tokens, delta = self._run_segment(index, tokens, size)
         offset = _add(offset, delta)
         next_size = None if is_last else self._next_size(segment, tokens, size)
-        state = self.taps.patches(tokens), offset
-        output, carried, mixed = self._finish_segment(index, mixers, *state, size, next_size)
+        patches = self.taps.patches(tokens)
+        output, carried, mixed = self._finish_segment(index, mixers, patches, offset, size, next_size)
         if is_last:
             return output, tokens, size, offset
         if mixed is not None and offset is not None:
