@@ -305,7 +305,7 @@ def test_what_mixers_cost():
     text, rows = performance('benchmark_cpu_mixer')
     by_method = {row['method']: row for row in rows}
     plain, others = by_method['e3va'], [row for method, row in by_method.items() if method.startswith('e3va+')]
-    assert len(others) == 4
+    assert len(others) == 5
     for key, sentence in (('peak_memory_mib', "{} to {} of E³VA's memory"), ('step_seconds', '{} to {} of its time')):
         ratios = sorted(f'{row[key] / plain[key]:.2f}' for row in others)
         assert sentence.format(ratios[0], ratios[-1]) in text
