@@ -164,8 +164,8 @@ def _rerun_backward(rerun, grad_reduced: Tensor, grad_down_in: Tensor) -> None:
 class RankExpansion(torch.autograd.Function):
     """From rank-space images (N, M, W) to the sum of the adapters' deltas, (M, C).
 
-    Only its inputs are kept, and the weights as they were computed with, whose casts are many small operations: the
-    hidden activations are computed again, a group of adapters at a time.
+    Only its inputs are kept, the weights as they were cast: the hidden activations are computed again, a group of
+    adapters at a time.
     """
 
     @staticmethod
@@ -178,21 +178,21 @@ class RankExpansion(torch.autograd.Function):
             for group in _groups(reduced, cast.down_out.shape[-1]):
                 *_, expanded = _expand(reduced[group], core[group], cast.select(group))
                 delta = torch.addmm(delta, _side_by_side(expanded), cast.up_out[group].flatten(0, 1))
-        ctx.save_for_backward(reduced, core, *weights, *cast)
+        ctx.weight_dtype = weights.core.dtype
+        ctx.save_for_backward(reduced, core, *cast)
         return delta
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         reduced, core, *fields = ctx.saved_tensors
-        number = len(BottleneckWeights._fields)
-        weights, cast = BottleneckWeights(*fields[:number]), BottleneckWeights(*fields[number:])
+        weights = BottleneckWeights(*fields)
         grad, grad_reduced = grad.to(reduced.dtype), torch.empty_like(reduced)
-        grads = BottleneckWeights(*(torch.empty_like(weight) for weight in weights))
+        grads = BottleneckWeights(*(torch.empty_like(weight, dtype=ctx.weight_dtype) for weight in weights))
         with torch.autocast(grad.device.type, enabled=False):
             grads.up_bias.copy_(grad.sum(0).expand_as(weights.up_bias))
-            for group in _groups(reduced, cast.down_out.shape[-1]):
-                members = (reduced[group], core[group], cast.select(group), grads.select(group))
+            for group in _groups(reduced, weights.down_out.shape[-1]):
+                members = (reduced[group], core[group], weights.select(group), grads.select(group))
                 grad_reduced[group].copy_(_group_backward(grad, *members))
         return grad_reduced, *grads
 

@@ -2,16 +2,13 @@
 
 import argparse
 import json
-import sys
 
-import pytest
-import torch
-from conftest import ROOT, tool
-
-sys.path.insert(0, str(ROOT / 'tools'))
 import benchmark
 import benchmark_case
+import pytest
 import summarize_benchmark
+import torch
+from conftest import tool
 from method_specs import backbone_of
 
 CONFIG = 'configs/shapes/swin-nano_upernet_1xb8-600_shapes-96x96.py'

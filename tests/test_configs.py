@@ -3,19 +3,16 @@
 import itertools
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+import run_grid
 import torch
 from conftest import ROOT, timm_features
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
-
-sys.path.insert(0, str(ROOT / 'tools'))
-import run_grid
 from held_out import ranked_rates
 from method_specs import config_prefix
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
 WIDTHS = [12, 24, 48, 96]

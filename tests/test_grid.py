@@ -8,18 +8,16 @@ import sys
 import threading
 from pathlib import Path
 
+import experiments
+import held_out
+import method_specs
 import pytest
+import run_grid
+import summarize
 from conftest import ROOT
 from mmengine.config import Config, DictAction
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-
-sys.path.insert(0, str(ROOT / 'tools'))
-import experiments
-import held_out
-import method_specs
-import run_grid
-import summarize
 
 from e3va_mm.methods import METHODS
 

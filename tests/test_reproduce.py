@@ -5,11 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / 'tools'))
 import benchmark
 import run_grid
+from conftest import ROOT
 
 
 def call_reproduce(tmp_path, *args):

@@ -46,16 +46,15 @@ for methods in "$compared" "$others" "$adapters"; do
 done
 
 # Variants compared at one rate by three seeds, and the better ones in full.
-explore() {  # rate, options of all, data sets
-    local methods=() options
+explore() {  # rate, option of all, another factor of the highway's rate, data sets
+    local methods=("e3va+mixer96+$3") options
     for options in mixer96 mixer64+every2 rank4+mixer96+every2 mixer48x2 mixer48+every2 mixer96+kaiming; do
         methods+=("e3va+$options$2")
     done
-    [ -z "$2" ] && methods+=(e3va+mixer96+rate03) || methods+=(e3va+mixer96+rate10)
-    rates --datasets "${@:3}" --learning-rates "$1" --methods "${methods[@]}"
+    rates --datasets "${@:4}" --learning-rates "$1" --methods "${methods[@]}"
 }
-explore 1e-2 '' camvid
-explore 1e-3 +rate3 bccd nuclei
+explore 1e-2 '' rate03 camvid
+explore 1e-3 +rate3 rate10 bccd nuclei
 best() { train --train-args amp --rates-from results/rates.json --out results/small_sets.json "$@"; }
 best --datasets camvid --methods e3va+rank4+mixer96+every2 e3va+mixer64+every2
 best --datasets bccd --methods e3va+mixer96+rate10 e3va+mixer64+every2+rate3

@@ -186,8 +186,9 @@ def redraw(pages: dict[str, str]) -> None:
         for plot in Path(folder).iterdir():
             if plot.name in shown:
                 shutil.copy(plot, images)
-    for name, shown in (('shapes_methods_cpu', lambda content: content), ('small_sets', _picked)):
-        summarize.draw(shown(json.loads((ROOT / f'results/{name}.json').read_text())), images / f'{name}.png')
+    for name in ('shapes_methods_cpu', 'small_sets'):
+        content = json.loads((ROOT / f'results/{name}.json').read_text())
+        summarize.draw(_picked(content) if name == 'small_sets' else content, images / f'{name}.png')
 
 
 def main() -> None:

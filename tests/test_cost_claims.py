@@ -1,0 +1,111 @@
+"""What the pages say of memory and time is what the result files say."""
+
+from conftest import ROOT, page
+from summarize_benchmark import load_rows
+from update_docs import OVERVIEW_MODELS
+
+
+def performance(name: str) -> tuple[str, list[dict]]:
+    """The text of docs/performance.md, and the rows of a benchmark."""
+    return page('docs/performance.md'), load_rows(ROOT / f'results/{name}.json')
+
+
+def test_averages_over_the_tasks():
+    text, rows = performance('benchmark_gpu')
+    plain = {(row['model'], row['method']): row for row in rows if (row['batch_size'], row['precision']) == (8, 'fp32')}
+
+    def saved(method, key):
+        shares = [1 - plain[model, method][key] / plain[model, 'full'][key] for model in OVERVIEW_MODELS]
+        return f'{100 * sum(shares) / len(shares):.1f}'
+
+    methods = ('e3va+bf16+taps-float8', 'e3va+bf16+taps-float8+sampled', 'frozen', 'full+checkpointed')
+    memory = [saved(method, 'peak_memory_mib') for method in methods]
+    assert (
+        '{} % less with `bf16+taps-float8`, {} with `sampled`, {} with a frozen backbone, {} with'.format(*memory)
+        in text
+    )
+    time = [saved(m, key) for key in ('step_seconds', 'kernel_seconds') for m in ('e3va+bf16', 'frozen')]
+    assert '{} % less than full (frozen {} %)'.format(*time[:2]) in text
+    assert '{} % less (frozen {} %)'.format(*time[2:]) in text
+
+
+def test_memory_caps():
+    text, rows = performance('benchmark_gpu')
+    capped = {
+        (row['memory_cap'], row['precision']): row
+        for row in rows
+        if 'taps-float8' in row['method'] and row['memory_cap']
+    }
+    for cap in (3, 4.5):
+        peak = capped[cap, 'amp-fp16']['peak_memory_mib'] / 1024
+        assert peak < cap and f'({peak:.2f} GiB' in text and not capped[cap, 'fp32']['batch_size']
+
+
+def test_ratios_of_dinov2():
+    text, rows = performance('benchmark_dinov2')
+    ratios = {'peak_memory_mib': [], 'step_seconds': []}
+    vits = {(row['model'], row['image_size'][0], row['method']): row for row in rows}
+    for model, size, method in vits:
+        if method == 'e3va+bf16':
+            for key, values in ratios.items():
+                values.append(f'{vits[model, size, method][key] / vits[model, size, "frozen"][key]:.2f}')
+    assert (
+        "takes {} and {} of frozen's memory for DINOv2-L at 512² and 896², and {} and {} for".format(
+            *ratios['peak_memory_mib']
+        )
+        in text
+    )
+    assert 'of its time {}, {}, {} and {}.'.format(*ratios['step_seconds']) in text
+
+
+def test_what_mixers_cost():
+    text, rows = performance('benchmark_cpu_mixer')
+    by_method = {row['method']: row for row in rows}
+    plain, others = by_method['e3va'], [row for method, row in by_method.items() if method.startswith('e3va+')]
+    assert len(others) == 5
+    for key, sentence in (('peak_memory_mib', "{} to {} of E³VA's memory"), ('step_seconds', '{} to {} of its time')):
+        ratios = sorted(f'{row[key] / plain[key]:.2f}' for row in others)
+        assert sentence.format(ratios[0], ratios[-1]) in text
+
+
+def test_what_mixers_cost_on_a_gpu():
+    text, rows = performance('benchmark_mixers')
+    plain = {row['model']: row for row in rows if row['method'] in ('e3va', 'e3va+bf16')}
+
+    def ratios(key):
+        return sorted(f'{row[key] / plain[row["model"]][key]:.2f}' for row in rows if 'mixer' in row['method'])
+
+    assert set(ratios('peak_memory_mib')) == {'1.00'}
+    least, *_, most = ratios('kernel_seconds')
+    assert f"is {least} to {most} of E³VA's" in text
+    *waits, last = (f'{row["step_seconds"] / row["kernel_seconds"]:.1f}' for row in plain.values())
+    assert last == waits[2]
+    assert '{} times as long with Swin-L and {} on CamVid, {} times with both'.format(*waits) in text
+
+
+def test_how_far_processes_differ():
+    text, rows = performance('benchmark_mixers')
+
+    def apart(row, seconds):
+        values = [seconds(run) for run in row['runs']]
+        return max(values) / min(values)
+
+    steps = max(apart(row, lambda run: run['step_seconds']) for row in rows)
+    assert f'by up to {steps:.1f} times from process to process' in text
+    kernels = {True: [], False: []}
+    for row in rows:
+        kernels[row['model'].endswith('nuclei')].append(apart(row, lambda run: run['most_time'][0]['seconds']))
+    assert max(kernels[False]) < 1.01 and round(max(kernels[True]), 1) == 1.1
+
+
+def test_time_of_the_optimizer():
+    def optimizer(name, method):
+        rows = [r for r in performance(name)[1] if r['model'].startswith('retinanet') and r['method'] == method]
+        return f'{1000 * rows[0]["runs"][0]["phases"]["optimizer"]["seconds"]:.0f}'
+
+    stock, merged = (
+        [optimizer(name, method) for method in ('e3va', 'mona')]
+        for name in ('benchmark_groups', 'benchmark_small_sets_before')
+    )
+    text = page('README.md')
+    assert '{} ms for E³VA and {} for Mona, merged {} and {}'.format(*stock, *merged) in text
