@@ -19,7 +19,7 @@ from .adapters import cast_together
 class MultiScaleDepthwise(nn.Module):
     """``x + mean_k conv_k(x)`` with depthwise convolutions of several (odd) sizes, (B, width, H, W) to the same shape.
 
-    It is evaluated as the one convolution that it is equal to, see :func:`merge`.
+    It is evaluated as the one convolution that it is equal to, see :func:`merge_filters`.
     """
 
     def __init__(self, width: int, kernel_sizes: Sequence[int]) -> None:
@@ -33,22 +33,22 @@ class MultiScaleDepthwise(nn.Module):
         self.register_buffer('identity', _places(1, self.kernel_size), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        return _depthwise(image, *(merged[0] for merged in merge([self])))
+        return _depthwise(image, *(merged[0] for merged in merge_filters([self])))
 
 
-def merge(filters: Sequence[MultiScaleDepthwise]) -> tuple[Tensor, Tensor]:
+def merge_filters(filters: Sequence[MultiScaleDepthwise]) -> tuple[Tensor, Tensor]:
     """The kernels (N, width, 1, size, size) and biases (N, width) that filters of equal width and sizes are equal to.
 
     They are put together for all filters at once: on small images each operation costs its launch.
     """
-    first, device = filters[0], filters[0].places.device.type
-    with torch.autocast(device, enabled=False):
+    first = filters[0]
+    sizes = [conv.weight[0].numel() for conv in first.convs]
+    with torch.autocast(first.places.device.type, enabled=False):
         kernels = first.identity
-        sizes = [conv.weight[0].numel() for conv in first.convs]
-        for index, places in enumerate(first.places.split(sizes)):
-            kernels = torch.addmm(kernels, _rows([filter.convs[index].weight for filter in filters]).flatten(1), places)
-        biases = torch.cat([conv.bias for filter in filters for conv in filter.convs])
-    biases = biases.view(len(filters), len(sizes), -1).mean(1)
+        for convs, places in zip(zip(*(each.convs for each in filters)), first.places.split(sizes)):
+            kernels = torch.addmm(kernels, _rows([conv.weight for conv in convs]).flatten(1), places)
+        biases = torch.cat([conv.bias for each in filters for conv in each.convs])
+        biases = biases.view(len(filters), len(sizes), -1).mean(1)
     return kernels.view(*biases.shape, 1, first.kernel_size, first.kernel_size), biases
 
 
@@ -121,7 +121,7 @@ def mixer_weights(mixers: Sequence[StateMixer]) -> list[MixerWeights]:
     """The weights of mixers of equal width, in the dtype that autocast computes in; few operations for all of them."""
     if not mixers:
         return []
-    kernels, biases = merge([mixer.filter for mixer in mixers])
+    kernels, biases = merge_filters([mixer.filter for mixer in mixers])
     linears = [weight for mixer in mixers for weight in (*mixer.down.parameters(), *mixer.up.parameters())]
     device = kernels.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernels.dtype
