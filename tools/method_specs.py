@@ -31,6 +31,7 @@ OPTIONS = {
     'mixer48x2': dict(mixer=dict(width=48, depth=2)),
     'mixer48': dict(mixer=dict(width=48)),
     'mixer96': dict(mixer=dict(width=96)),
+    'mixer192': dict(mixer=dict(width=192)),
     'every2': dict(mixer=dict(every=2)),
     'every6': dict(mixer=dict(every=6)),
     'feedback': dict(feedback=True),
@@ -40,7 +41,10 @@ OPTIONS = {
     'compiled': dict(compile_frozen=True),
 }
 # Options of E³VA that change the optimizer: learning rates of parts of the backbone, in units of the head's.
-RATES = {name: dict(highway=factor, mixers=factor) for name, factor in (('rate03', 0.3), ('rate3', 3), ('rate10', 10))}
+RATES = {
+    name: dict(highway=factor, mixers=factor)
+    for name, factor in (('rate03', 0.3), ('rate3', 3), ('rate10', 10), ('rate30', 30))
+}
 OPTION_NAMES = [*OPTIONS, *RATES]
 METHODS_HELP = f'any of {", ".join(METHODS)}; options for some of them, appended with +: {", ".join(OPTION_NAMES)}'
 
