@@ -32,6 +32,7 @@ OPTIONS = {
     'mixer48': dict(mixer=dict(width=48)),
     'mixer96': dict(mixer=dict(width=96)),
     'mixer192': dict(mixer=dict(width=192)),
+    'mixer96x2': dict(mixer=dict(width=96, depth=2)),
     'every2': dict(mixer=dict(every=2)),
     'every6': dict(mixer=dict(every=6)),
     'feedback': dict(feedback=True),
