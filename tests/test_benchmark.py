@@ -73,7 +73,8 @@ def test_ratios(tmp_path):
     }
     path = tmp_path / 'results.json'
     path.write_text(json.dumps({'cases': cases}))
-    assert '| e3va | 50 MiB | 0.50 |' in summarize_benchmark.format_tables(summarize_benchmark.load_rows(path))
+    tables = summarize_benchmark.format_tables(summarize_benchmark.load_rows(path))
+    assert '| e3va | 50 MiB | 0.50 |' in tables and 'batch 1, ' in tables
 
 
 def test_every_task_and_size_has_its_config():

@@ -37,7 +37,8 @@ def _median(runs: list[dict], key: str):
     values = [run[key] for run in runs if key in run]
     if isinstance(values[0], list):
         return [statistics.median(column) for column in zip(*values)]
-    return statistics.median(values)
+    # Of an even number of batches, one that has been measured.
+    return statistics.median_low(values) if key == 'batch_size' else statistics.median(values)
 
 
 def _kernel_seconds(run: dict) -> float:
