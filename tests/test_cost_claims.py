@@ -75,12 +75,17 @@ def test_what_mixers_cost_on_a_gpu():
     def ratios(key):
         return sorted(f'{row[key] / plain[row["model"]][key]:.2f}' for row in rows if 'mixer' in row['method'])
 
-    assert set(ratios('peak_memory_mib')) == {'1.00'}
+    assert set(ratios('peak_memory_mib')) == {'0.99', '1.00'}
     least, *_, most = ratios('kernel_seconds')
     assert f"is {least} to {most} of E³VA's" in text
-    *waits, last = (f'{row["step_seconds"] / row["kernel_seconds"]:.1f}' for row in plain.values())
-    assert last == waits[2]
-    assert '{} times as long with Swin-L and {} on CamVid, {} times with both'.format(*waits) in text
+    waits = (f'{row["step_seconds"] / row["kernel_seconds"]:.1f}' for row in plain.values())
+    assert 'with E³VA {} times as long with Swin-L, {} on CamVid, {} and {} with the detectors'.format(*waits) in text
+    one = sorted(
+        f'{row["kernel_seconds"] / plain[row["model"]]["kernel_seconds"]:.2f}'
+        for row in rows
+        if row['method'].endswith('rank4+mixer96')
+    )
+    assert f"`rank4+mixer96` takes {one[0]} to {one[-1]} of the kernels' time" in text
 
 
 def test_how_far_processes_differ():
@@ -92,10 +97,8 @@ def test_how_far_processes_differ():
 
     steps = max(apart(row, lambda run: run['step_seconds']) for row in rows)
     assert f'by up to {steps:.1f} times from process to process' in text
-    kernels = {True: [], False: []}
-    for row in rows:
-        kernels[row['model'].endswith('nuclei')].append(apart(row, lambda run: run['most_time'][0]['seconds']))
-    assert max(kernels[False]) < 1.01 and round(max(kernels[True]), 1) == 1.1
+    assert max(apart(row, lambda run: run['most_time'][0]['seconds']) for row in rows) < 1.02
+    assert 'the same to two hundredths in all processes' in text
 
 
 def test_time_of_the_optimizer():

@@ -46,19 +46,24 @@ for methods in "$compared" "$others" "$adapters"; do
 done
 
 # Variants compared at one rate by three seeds, and the better ones in full.
-explore() {  # rate, option of all, another factor of the highway's rate, data sets
-    local methods=("e3va+mixer96+$3") options
-    for options in mixer96 mixer64+every2 rank4+mixer96+every2 mixer48x2 mixer48+every2 mixer96+kaiming; do
-        methods+=("e3va+$options$2")
-    done
-    rates --datasets "${@:4}" --learning-rates "$1" --methods "${methods[@]}"
+explore() {  # rate, data sets (one word), variants
+    local variants=("${@:3}")
+    # shellcheck disable=SC2086
+    rates --learning-rates "$1" --datasets $2 --methods "${variants[@]/#/e3va+}"
 }
-explore 1e-2 '' rate03 camvid
-explore 1e-3 +rate3 rate10 bccd nuclei
-best() { train --train-args amp --rates-from results/rates.json --out results/small_sets.json "$@"; }
-best --datasets camvid --methods e3va+rank4+mixer96+every2 e3va+mixer64+every2
-best --datasets bccd --methods e3va+mixer96+rate10 e3va+mixer64+every2+rate3
-best --datasets nuclei --methods e3va+mixer96+rate10 e3va+mixer96+rate3
+best() {  # data set, variants
+    local variants=("${@:2}")
+    train --train-args amp --rates-from results/rates.json --out results/small_sets.json --datasets "$1" \
+        --methods "${variants[@]/#/e3va+}"
+}
+variants=(mixer96 mixer64+every2 rank4+mixer96+every2 mixer48x2 mixer48+every2 mixer96+kaiming)
+detectors=(rank4+mixer96 rank4+mixer96x2 mixer48x2 mixer96)
+explore 1e-2 camvid "${variants[@]}" mixer96+rate03 rank4+mixer96 rank4+mixer192
+explore 1e-3 'bccd nuclei' "${variants[@]/%/+rate3}" "${detectors[@]/%/+rate10}" rate10 rank4+mixer192+rate10 \
+    mixer64+every2+rate10 mixer96+rate30
+best camvid rank4+mixer96+every2 mixer64+every2 mixer96 rank4+mixer96 rank4+mixer192
+best bccd "${detectors[@]/%/+rate10}" mixer64+every2+rate3 mixer48+every2+feedback+rate3
+best nuclei "${detectors[@]/%/+rate10}" mixer96+rate3
 
 # What the fast options do to accuracy, in fp32 but for what they change.
 guard() { train --work-dir work_dirs/guard --out results/guard.json --methods e3va e3va+bf16 e3va+bf16+taps-float8 \
@@ -97,12 +102,11 @@ measure --out results/benchmark_dinov2.json --batch-sizes 2 --image-sizes 512x51
     --configs ${ade}-l_upernet_8xb2-160k_ade20k-512x512.py ${ade}-g_upernet_8xb2-160k_ade20k-512x512.py \
     --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full
 
-# What all methods cost. How fast the highway learns (rate3) costs nothing.
-costing=${compared//+rate3/}
+# What all methods cost, but for mixers.
+costing="frozen e3va full mona adapter lora $others"
 # shellcheck disable=SC2086
 measure --out results/benchmark_methods.json --batch-sizes 2 --tasks upernet --sizes l --steps 10 --warmup 3 \
-    --cfg-options optim_wrapper.constructor=MergedGroupsConstructor --methods e3va+bf16 e3va+bf16+mixer48x2 \
-    e3va+bf16+mixer48x2+feedback e3va+bf16+mixer48+every6+feedback ${costing//every2/every6} $others
+    --cfg-options optim_wrapper.constructor=MergedGroupsConstructor --methods e3va+bf16 $costing
 alone() {  # file, images, config, options
     measure --out "results/$1.json" --tasks --configs "$3" --data real --batch-sizes "$2" \
         --precisions amp-fp16 --steps 20 --warmup 5 "${@:4}"
@@ -110,23 +114,17 @@ alone() {  # file, images, config, options
 camvid=configs/camvid/swin-nano_upernet_1xb16-600_camvid-352x480.py
 bccd=configs/bccd/retinanet_swin-nano_fpn_1xb8-400_bccd.py
 nuclei=configs/nuclei/mask-rcnn_swin-nano_fpn_1xb8-300_nuclei.py
-small=benchmark_small_sets
-# shellcheck disable=SC2086
-{
-    alone $small 16 $camvid --methods $costing $others
-    alone $small 8 $bccd --methods $costing $others
-    alone $small 8 $nuclei --methods $costing $others
-}
-key='--repeats 3 --profile --methods e3va e3va+mixer96 e3va+rank4+mixer96+every2 e3va+mixer48x2 mona'
-# shellcheck disable=SC2086
-{
-    measure --out results/benchmark_mixers.json --batch-sizes 2 --tasks upernet --sizes l --steps 10 --warmup 3 --repeats 3 \
-        --profile --cfg-options optim_wrapper.constructor=MergedGroupsConstructor \
-        --methods e3va+bf16 e3va+bf16+mixer96 e3va+bf16+rank4+mixer96+every6 mona
-    alone benchmark_mixers 16 $camvid $key
-    alone benchmark_mixers 8 $bccd $key
-    alone benchmark_mixers 8 $nuclei $key
-}
+for set in "16 $camvid" "8 $bccd" "8 $nuclei"; do
+    # shellcheck disable=SC2086
+    alone benchmark_small_sets $set --methods $costing
+done
+mixers() { alone benchmark_mixers "$1" "$2" --repeats 3 --profile --methods e3va e3va+rank4+mixer96 "${@:3}" mona; }
+measure --out results/benchmark_mixers.json --batch-sizes 2 --tasks upernet --sizes l --steps 10 --warmup 3 --repeats 3 \
+    --profile --cfg-options optim_wrapper.constructor=MergedGroupsConstructor \
+    --methods e3va+bf16 e3va+bf16+rank4+mixer96 e3va+bf16+rank4+mixer96+every6 e3va+bf16+mixer48x2 mona
+mixers 16 "$camvid" e3va+rank4+mixer96+every2
+mixers 8 "$bccd" e3va+rank4+mixer96x2 e3va+mixer48x2
+mixers 8 "$nuclei" e3va+rank4+mixer96x2 e3va+mixer48x2
 alone benchmark_groups 8 $bccd --cfg-options optim_wrapper.constructor=DefaultOptimWrapperConstructor \
     --methods e3va e3va+mixer48x2 mona full
 
