@@ -86,6 +86,14 @@ def test_what_mixers_cost_on_a_gpu():
         if row['method'].endswith('rank4+mixer96')
     )
     assert f"`rank4+mixer96` takes {one[0]} to {one[-1]} of the kernels' time" in text
+    steps = {
+        row['method']: f'{row["step_seconds"] / plain[row["model"]]["step_seconds"]:.2f}'
+        for row in rows
+        if 'camvid' in row['model']
+    }
+    said = "its step takes {} of E³VA's ({} with `every2`)"
+    variants = ('e3va+rank4+mixer96', 'e3va+rank4+mixer96+every2')
+    assert said.format(*(steps[method] for method in variants)) in page('docs/methods.md')
 
 
 def test_how_far_processes_differ():
