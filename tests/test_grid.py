@@ -62,6 +62,7 @@ def test_a_method_changes_the_config_it_starts_from():
     variant = merged('e3va+taps-float8+sampled+pca+mixing3')
     assert (variant.type, variant.saved_dtype, variant.saved_fraction) == ('E3VABackbone', 'float8_e4m3fn', 0.125)
     assert variant.adapter == dict(rank=8, branches=2, hidden_ratio=0.5, basis='pca', mixing=3)
+    assert merged('e3va+rank4+mixer96x2+every6').mixer == dict(width=96, depth=2, every=6)
     init_default_scope('mmseg')
     MODELS.build(variant)
 
@@ -83,7 +84,7 @@ def test_rates_of_parts_of_the_backbone():
     assert [round(rates[id(model.get_parameter(name))], 6) for name in names] == [3, 3, 1]
 
 
-@pytest.mark.parametrize('method', ['e4va', 'e3va+tap-float8', 'full+', 'lora+rate3'])
+@pytest.mark.parametrize('method', ['e4va', 'e3va+tap-float8', 'full+', 'lora+rate3', 'e3va+rank', 'e3va+every2x2'])
 def test_unknown_method(method):
     with pytest.raises(ValueError, match='methods are .*options'):
         method_specs.backbone_of(method)

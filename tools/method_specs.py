@@ -6,6 +6,7 @@ A name is a method with any options appended: ``full+checkpointed``, ``adapter``
 from __future__ import annotations
 
 import copy
+import re
 
 TUNED = ('BitFit', 'NormTuning', 'Partial', 'Adapter', 'AdaptFormer', 'LoRA', 'LoRand', 'Mona', 'LST', 'DTL')
 # By default its precision depends on the device; rows of a table should not.
@@ -24,29 +25,21 @@ OPTIONS = {
     'sampled': dict(saved_fraction=0.125),
     'recomputed': dict(recompute_taps=True),
     'pca': dict(adapter=dict(basis='pca')),
-    'mixing3': dict(adapter=dict(mixing=3)),
-    'mixing7': dict(adapter=dict(mixing=7)),
     'mixer': dict(mixer=dict(width=32)),
-    'mixer64': dict(mixer=dict(width=64)),
-    'mixer48x2': dict(mixer=dict(width=48, depth=2)),
-    'mixer48': dict(mixer=dict(width=48)),
-    'mixer96': dict(mixer=dict(width=96)),
-    'mixer192': dict(mixer=dict(width=192)),
-    'mixer96x2': dict(mixer=dict(width=96, depth=2)),
-    'every2': dict(mixer=dict(every=2)),
-    'every6': dict(mixer=dict(every=6)),
     'feedback': dict(feedback=True),
-    'rank4': dict(adapter=dict(rank=4)),
-    'rank16': dict(adapter=dict(rank=16)),
     'kaiming': dict(init='kaiming'),
     'compiled': dict(compile_frozen=True),
 }
-# Options of E³VA that change the optimizer: learning rates of parts of the backbone, in units of the head's.
-RATES = {
-    name: dict(highway=factor, mixers=factor)
-    for name, factor in (('rate03', 0.3), ('rate3', 3), ('rate10', 10), ('rate30', 30))
+# Options that end in numbers: which keys of which dict these are. ``mixer96x2`` has two mixers of width 96 in a row.
+NUMBERED = {
+    'mixer': ('mixer', ('width', 'depth')),
+    'every': ('mixer', ('every',)),
+    'mixing': ('adapter', ('mixing',)),
+    'rank': ('adapter', ('rank',)),
 }
-OPTION_NAMES = [*OPTIONS, *RATES]
+# Parts of E³VA whose learning rate ``rate3`` multiplies, in units of the head's; ``rate03`` is 0.3.
+RATED = ('highway', 'mixers')
+OPTION_NAMES = [*OPTIONS, *(f'{name}N' for name in NUMBERED), 'mixerNxN', 'rateN (E³VA alone)']
 METHODS_HELP = f'any of {", ".join(METHODS)}; options for some of them, appended with +: {", ".join(OPTION_NAMES)}'
 
 
@@ -57,20 +50,40 @@ def backbone_of(method: str) -> dict:
         ValueError: an unknown method or option; the message lists the known ones.
     """
     name, *options = method.split('+')
-    known = OPTION_NAMES if name == 'e3va' else list(OPTIONS)
-    unknown = [name] * (name not in METHODS) + [option for option in options if option not in known]
+    changes = {option: _changes(option) for option in options if name != 'e3va' or _rate(option) is None}
+    unknown = [name] * (name not in METHODS) + [option for option, change in changes.items() if change is None]
     if unknown:
-        raise ValueError(f'{unknown} in method {method!r}; methods are {list(METHODS)}, options {known}')
+        raise ValueError(f'{unknown} in method {method!r}; methods are {list(METHODS)}, options {OPTION_NAMES}')
     backbone = copy.deepcopy(METHODS[name])
-    for option in options:
-        for key, value in OPTIONS.get(option, {}).items():
+    for change in changes.values():
+        for key, value in change.items():
             backbone[key] = {**backbone.get(key, {}), **value} if isinstance(value, dict) else value
     return backbone
 
 
+def _changes(option: str) -> dict | None:
+    """What an option changes in the backbone; None for one that does not exist."""
+    if option in OPTIONS:
+        return OPTIONS[option]
+    match = re.fullmatch('([a-z]+)([0-9]+)(?:x([0-9]+))?', option)
+    if match is None:
+        return None
+    part, keys = NUMBERED.get(match[1], ('', ()))
+    numbers = [int(number) for number in match.groups()[1:] if number]
+    return {part: dict(zip(keys, numbers))} if len(numbers) <= len(keys) else None
+
+
+def _rate(option: str) -> float | None:
+    """The factor of a ``rateN``; None for other options."""
+    match = re.fullmatch('rate(0?)([0-9]+)', option)
+    if match is None:
+        return None
+    return float(f'0.{match[2]}') if match[1] else int(match[2])
+
+
 def without_rates(method: str) -> str:
     """The method that costs the same and trains at one rate."""
-    return '+'.join(part for part in method.split('+') if part not in RATES)
+    return '+'.join(part for part in method.split('+') if _rate(part) is None)
 
 
 def config_prefix(method: str) -> str:
@@ -84,9 +97,8 @@ def cfg_options(method: str) -> list[str]:
     backbone.pop('type', None)
     if backbone.get('method') == dict(type='Frozen'):
         del backbone['method']
-    rates = {
-        part: dict(lr_mult=factor) for option in method.split('+')[1:] for part, factor in RATES.get(option, {}).items()
-    }
+    factors = [factor for factor in map(_rate, method.split('+')) if factor is not None]
+    rates = {part: dict(lr_mult=factor) for factor in factors for part in RATED}
     return [*_flatten(backbone, 'model.backbone'), *_flatten(rates, 'optim_wrapper.paramwise_cfg.custom_keys')]
 
 
