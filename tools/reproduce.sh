@@ -104,9 +104,12 @@ measure --out results/benchmark_dinov2.json --batch-sizes 2 --image-sizes 512x51
 
 # What all methods cost, but for mixers.
 costing="frozen e3va full mona adapter lora $others"
+on_swin_l() {  # file, options
+    measure --out "results/$1.json" --batch-sizes 2 --tasks upernet --sizes l --steps 10 --warmup 3 \
+        --cfg-options optim_wrapper.constructor=MergedGroupsConstructor "${@:2}"
+}
 # shellcheck disable=SC2086
-measure --out results/benchmark_methods.json --batch-sizes 2 --tasks upernet --sizes l --steps 10 --warmup 3 \
-    --cfg-options optim_wrapper.constructor=MergedGroupsConstructor --methods e3va+bf16 $costing
+on_swin_l benchmark_methods --methods e3va+bf16 $costing
 alone() {  # file, images, config, options
     measure --out "results/$1.json" --tasks --configs "$3" --data real --batch-sizes "$2" \
         --precisions amp-fp16 --steps 20 --warmup 5 "${@:4}"
@@ -118,10 +121,9 @@ for set in "16 $camvid" "8 $bccd" "8 $nuclei"; do
     # shellcheck disable=SC2086
     alone benchmark_small_sets $set --methods $costing
 done
+on_swin_l benchmark_mixers --repeats 3 --profile --methods e3va+bf16 e3va+bf16+rank4+mixer96 \
+    e3va+bf16+rank4+mixer96+every6 e3va+bf16+mixer48x2 mona
 mixers() { alone benchmark_mixers "$1" "$2" --repeats 3 --profile --methods e3va e3va+rank4+mixer96 "${@:3}" mona; }
-measure --out results/benchmark_mixers.json --batch-sizes 2 --tasks upernet --sizes l --steps 10 --warmup 3 --repeats 3 \
-    --profile --cfg-options optim_wrapper.constructor=MergedGroupsConstructor \
-    --methods e3va+bf16 e3va+bf16+rank4+mixer96 e3va+bf16+rank4+mixer96+every6 e3va+bf16+mixer48x2 mona
 mixers 16 "$camvid" e3va+rank4+mixer96+every2
 mixers 8 "$bccd" e3va+rank4+mixer96x2 e3va+mixer48x2
 mixers 8 "$nuclei" e3va+rank4+mixer96x2 e3va+mixer48x2

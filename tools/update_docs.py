@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import demo
 import summarize
@@ -107,20 +108,36 @@ def format_ratios(*paths: Path) -> str:
     return '\n'.join(lines)
 
 
-def format_mixers(path: Path) -> str:
-    """What variants take of E³VA's memory, time of kernels, their number and time of a step."""
-    lines = ['| | | memory | time of kernels | kernels | step |', '|---' * 6 + '|']
+class Costs(NamedTuple):
+    """Of a training step: what it takes, or what it takes of another's."""
+
+    memory: float
+    kernel_time: float
+    kernels: float
+    step: float
+
+
+def costs_of_plain(path: Path) -> dict[tuple[str, str], Costs]:
+    """``{(model, method): costs}`` in units of the first method of the model, which is E³VA without variants."""
+    ratios = {}
     for (model,), group in group_rows(load_rows(path), 'model').items():
         plain, *others = group
         for row in others:
-            ratios = (f'{one / other:.2f}' for one, other in zip(_costs(row), _costs(plain)))
-            lines.append(f'| {model} | {row["method"]} | ' + ' | '.join(ratios) + ' |')
-    return '\n'.join(lines)
+            ratios[model, row['method']] = Costs(*(one / other for one, other in zip(_costs(row), _costs(plain))))
+    return ratios
 
 
-def _costs(row: dict) -> tuple[float, ...]:
+def _costs(row: dict) -> Costs:
     calls = row['runs'][0]['most_time'][0]['calls']
-    return row['peak_memory_mib'], row['kernel_seconds'], calls, row['step_seconds']
+    return Costs(row['peak_memory_mib'], row['kernel_seconds'], calls, row['step_seconds'])
+
+
+def format_mixers(path: Path) -> str:
+    """What variants take of E³VA's costs."""
+    lines = ['| | | memory | time of kernels | kernels | step |', '|---' * 6 + '|']
+    for (model, method), costs in costs_of_plain(path).items():
+        lines.append(f'| {model} | {method} | ' + ' | '.join(f'{ratio:.2f}' for ratio in costs) + ' |')
+    return '\n'.join(lines)
 
 
 # Page, name, what makes the table, and the result files it is made of.
@@ -186,9 +203,9 @@ def redraw(pages: dict[str, str]) -> None:
         for plot in Path(folder).iterdir():
             if plot.name in shown:
                 shutil.copy(plot, images)
-    for name in ('shapes_methods_cpu', 'small_sets'):
+    for name, choose in (('shapes_methods_cpu', dict), ('small_sets', _picked)):
         content = json.loads((ROOT / f'results/{name}.json').read_text())
-        summarize.draw(_picked(content) if name == 'small_sets' else content, images / f'{name}.png')
+        summarize.draw(choose(content), images / f'{name}.png')
 
 
 def main() -> None:
