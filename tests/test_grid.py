@@ -84,6 +84,15 @@ def test_rates_of_parts_of_the_backbone():
     assert [round(rates[id(model.get_parameter(name))], 6) for name in names] == [3, 3, 1]
 
 
+def test_options_of_rates():
+    keys = 'optim_wrapper.paramwise_cfg'
+    assert method_specs.cfg_options('e3va+mixrate10+uprate05')[1:] == [
+        f'{keys}.custom_keys.mixers.lr_mult=10',
+        f'{keys}.up_lr_mult=0.5',
+    ]
+    assert method_specs.without_rates('e3va+mixer96+mixrate10+uprate05') == 'e3va+mixer96'
+
+
 @pytest.mark.parametrize('method', ['e4va', 'e3va+tap-float8', 'full+', 'lora+rate3', 'e3va+rank', 'e3va+every2x2'])
 def test_unknown_method(method):
     with pytest.raises(ValueError, match='methods are .*options'):
@@ -171,8 +180,8 @@ def data_copy(shapes, tmp_path):
     return copy
 
 
-@pytest.mark.parametrize('dataset', ['shapes-seg', 'shapes-det', 'bccd'])
-def test_held_out_images_are_not_trained_on(dataset, data_copy):
+@pytest.mark.parametrize(('dataset', 'fold'), [('shapes-seg', 4), ('shapes-det', 0), ('bccd', 4), ('bccd', 1)])
+def test_held_out_images_are_not_trained_on(dataset, fold, data_copy):
     config = Config.fromfile(ROOT / run_grid.DATASETS[dataset].format('e3va-swin-nano'))
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.dataset.data_root = f'{data_copy}/'
@@ -180,15 +189,24 @@ def test_held_out_images_are_not_trained_on(dataset, data_copy):
         config.train_dataloader.dataset.ann_file = 'names.txt'
         config.train_dataloader.dataset.filter_cfg = None
     config.dump(data_copy / 'config.py')
-    config.merge_from_dict(dict(option.split('=', 1) for option in held_out.hold_out(data_copy / 'config.py')))
+    config.merge_from_dict(dict(option.split('=', 1) for option in held_out.hold_out(data_copy / 'config.py', fold)))
     init_default_scope(config.default_scope)
     train, val = (
         {Path(info['img_path']).stem for info in map(part.get_data_info, range(len(part)))}
         for part in (DATASETS.build(config[loader].dataset) for loader in ('train_dataloader', 'val_dataloader'))
     )
-    names = {path.stem for path in (data_copy / 'images/train').iterdir()}
-    assert not train & val and len(val) == len(names) - len(names) * 4 // 5
-    assert train | val <= names and val == set(sorted(names)[-len(val) :])
+    names = sorted(path.stem for path in (data_copy / 'images/train').iterdir())
+    assert not train & val and train | val <= set(names)
+    assert val == set(names[len(names) * fold // 5 : len(names) * (fold + 1) // 5])
+
+
+def test_a_run_a_fold(monkeypatch):
+    monkeypatch.setattr(run_grid, 'hold_out', lambda config, fold: [f'fold={fold}'])
+    arguments = '--datasets bccd --methods mona e3va --seeds 0 --held-out --folds 0 3 --out x.json'
+    monkeypatch.setattr('sys.argv', ['run_grid.py', *arguments.split()])
+    runs = run_grid.plan(run_grid.parse_args())
+    assert [(run.fold, run.cfg_options[-1]) for run in runs] == [(0, 'fold=0')] * 2 + [(3, 'fold=3')] * 2
+    assert len({run.name for run in runs}) == 4
 
 
 def test_held_out_loads_the_configs_by_itself():

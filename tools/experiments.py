@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class Run(NamedTuple):
     """One training: a config, the name of its method, a seed, and what is passed on to ``tools/train.py``.
 
-    ``learning_rate`` is None for the config's own.
+    ``learning_rate`` is None for the config's own, ``fold`` is of a cross-validation.
     """
 
     config: str
@@ -36,13 +36,15 @@ class Run(NamedTuple):
     train_args: tuple[str, ...] = ()
     cfg_options: tuple[str, ...] = ()
     learning_rate: float | None = None
+    fold: int | None = None
 
     @property
     def name(self) -> str:
         # Methods that have configs of their own are named by these.
         variant = '' if self.method in ('full', 'frozen', 'e3va') else f'_{self.method}'
         rate = '' if self.learning_rate is None else f'_lr{self.learning_rate:g}'
-        return f'{Path(self.config).stem}{variant}{rate}_seed{self.seed}'
+        fold = '' if self.fold is None else f'_fold{self.fold}'
+        return f'{Path(self.config).stem}{variant}{rate}{fold}_seed{self.seed}'
 
 
 def run_all(
@@ -123,6 +125,7 @@ def run_one(run: Run, work_dir: Path, variables: dict[str, str] | None = None) -
         'train_args': list(run.train_args),
         'cfg_options': list(run.cfg_options),
         'learning_rate': run.learning_rate,
+        **({} if run.fold is None else {'fold': run.fold}),
         'report': json.loads((work_dir / 'run_report.json').read_text()),
     }
     result.write_text(json.dumps(content, indent=2))

@@ -1,7 +1,8 @@
 """Choosing on held-out data: a data set's training part in two, and each method's best learning rates on the second.
 
-The split that is reported must not choose: the last fifth of the training images, in the order of their names (so that
-neighbouring frames of a video stay together), validates what the other four fifths train.
+The split that is reported must not choose: a fifth of the training images validates what the other four fifths train.
+It is a fifth in the order of their names, so that neighbouring frames of a video stay together; the last unless said
+otherwise.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from summarize import group_runs, values_of
 
 import e3va_mm  # noqa: F401  (makes configs that derive from `mmseg::` loadable)
 
+FOLDS = range(5)
 
-def hold_out(config: str) -> list[str]:
+
+def hold_out(config: str, fold: int = FOLDS[-1]) -> list[str]:
     """Writes the two parts as annotation files into ``held_out`` in the data set's folder.
 
     Args:
         config: path of a config, in the repository or absolute; its training data are a BaseSegDataset, VOCDataset or
             CocoDataset.
+        fold: which fifth is held out.
 
     Returns:
         Overrides for ``--cfg-options`` that train on the first part and validate on the second.
@@ -35,7 +39,7 @@ def hold_out(config: str) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f'train_dataloader.dataset.data_root={dataset.data_root!r} of {config} is no folder')
     (root / 'held_out').mkdir(exist_ok=True)
-    train, val = _WRITERS[dataset.type](dataset, root)
+    train, val = _WRITERS[dataset.type](dataset, root, fold)
     options = [f'train_dataloader.dataset.ann_file={train}', f'val_dataloader.dataset.ann_file={val}']
     options += [f'val_dataloader.dataset.data_prefix.{key}={value}' for key, value in dataset.data_prefix.items()]
     if dataset.type == 'CocoDataset':
@@ -60,30 +64,35 @@ def ranked_rates(content: dict) -> dict[tuple[str, str], list[float]]:
     return ranked
 
 
-def _split(items: list) -> tuple[list, list]:
-    cut = len(items) * 4 // 5
-    return items[:cut], items[cut:]
+def _split(items: list, fold: int) -> tuple[list, list]:
+    start, stop = (len(items) * edge // len(FOLDS) for edge in (fold, fold + 1))
+    return items[:start] + items[stop:], items[start:stop]
 
 
-def _write_names(root: Path, names: list[str]) -> list[str]:
-    paths = ['held_out/train.txt', 'held_out/val.txt']
-    for path, part in zip(paths, _split(sorted(names))):
+def _paths(fold: int, suffix: str) -> list[str]:
+    """Of the two parts; a fold of its own has files of its own, so that grids of several can run beside one another."""
+    return [f'held_out/fold{fold}_{part}.{suffix}' for part in ('train', 'val')]
+
+
+def _write_names(root: Path, names: list[str], fold: int) -> list[str]:
+    paths = _paths(fold, 'txt')
+    for path, part in zip(paths, _split(sorted(names), fold)):
         (root / path).write_text('\n'.join(part) + '\n')
     return paths
 
 
-def _split_folder(dataset: dict, root: Path) -> list[str]:
-    return _write_names(root, [path.stem for path in (root / dataset.data_prefix.img_path).iterdir()])
+def _split_folder(dataset: dict, root: Path, fold: int) -> list[str]:
+    return _write_names(root, [path.stem for path in (root / dataset.data_prefix.img_path).iterdir()], fold)
 
 
-def _split_list(dataset: dict, root: Path) -> list[str]:
-    return _write_names(root, (root / dataset.ann_file).read_text().split())
+def _split_list(dataset: dict, root: Path, fold: int) -> list[str]:
+    return _write_names(root, (root / dataset.ann_file).read_text().split(), fold)
 
 
-def _split_coco(dataset: dict, root: Path) -> list[str]:
+def _split_coco(dataset: dict, root: Path, fold: int) -> list[str]:
     content = json.loads((root / dataset.ann_file).read_text())
-    paths = ['held_out/train.json', 'held_out/val.json']
-    for path, images in zip(paths, _split(sorted(content['images'], key=lambda image: image['file_name']))):
+    paths = _paths(fold, 'json')
+    for path, images in zip(paths, _split(sorted(content['images'], key=lambda image: image['file_name']), fold)):
         ids = {image['id'] for image in images}
         annotations = [annotation for annotation in content['annotations'] if annotation['image_id'] in ids]
         (root / path).write_text(json.dumps({**content, 'images': images, 'annotations': annotations}))

@@ -37,9 +37,15 @@ NUMBERED = {
     'mixing': ('adapter', ('mixing',)),
     'rank': ('adapter', ('rank',)),
 }
-# Parts of E³VA whose learning rate ``rate3`` multiplies, in units of the head's; ``rate03`` is 0.3.
-RATED = ('highway', 'mixers')
-OPTION_NAMES = [*OPTIONS, *(f'{name}N' for name in NUMBERED), 'mixerNxN', 'rateN (E³VA alone)']
+# What of E³VA an option multiplies the learning rate of, in units of the head's: keys of optim_wrapper.paramwise_cfg.
+# ``rate3`` has a factor of 3, ``rate03`` of 0.3.
+RATES = {
+    'rate': ('custom_keys.highway.lr_mult', 'custom_keys.mixers.lr_mult'),
+    'mixrate': ('custom_keys.mixers.lr_mult',),
+    'uprate': ('up_lr_mult',),
+}
+_RATES_OF_E3VA = ', '.join(f'{name}N' for name in RATES) + ' (E³VA alone)'
+OPTION_NAMES = [*OPTIONS, *(f'{name}N' for name in NUMBERED), 'mixerNxN', _RATES_OF_E3VA]
 METHODS_HELP = f'any of {", ".join(METHODS)}; options for some of them, appended with +: {", ".join(OPTION_NAMES)}'
 
 
@@ -50,7 +56,7 @@ def backbone_of(method: str) -> dict:
         ValueError: an unknown method or option; the message lists the known ones.
     """
     name, *options = method.split('+')
-    changes = {option: _changes(option) for option in options if name != 'e3va' or _rate(option) is None}
+    changes = {option: _changes(option) for option in options if name != 'e3va' or not _rates(option)}
     unknown = [name] * (name not in METHODS) + [option for option, change in changes.items() if change is None]
     if unknown:
         raise ValueError(f'{unknown} in method {method!r}; methods are {list(METHODS)}, options {OPTION_NAMES}')
@@ -73,17 +79,18 @@ def _changes(option: str) -> dict | None:
     return {part: dict(zip(keys, numbers))} if len(numbers) <= len(keys) else None
 
 
-def _rate(option: str) -> float | None:
-    """The factor of a ``rateN``; None for other options."""
-    match = re.fullmatch('rate(0?)([0-9]+)', option)
+def _rates(option: str) -> dict[str, float]:
+    """The factors that an option of :data:`RATES` sets, by key; none for other options."""
+    match = re.fullmatch(f'({"|".join(RATES)})(0?)([0-9]+)', option)
     if match is None:
-        return None
-    return float(f'0.{match[2]}') if match[1] else int(match[2])
+        return {}
+    factor = float(f'0.{match[3]}') if match[2] else int(match[3])
+    return dict.fromkeys(RATES[match[1]], factor)
 
 
 def without_rates(method: str) -> str:
     """The method that costs the same and trains at one rate."""
-    return '+'.join(part for part in method.split('+') if _rate(part) is None)
+    return '+'.join(part for part in method.split('+') if not _rates(part))
 
 
 def config_prefix(method: str) -> str:
@@ -97,9 +104,8 @@ def cfg_options(method: str) -> list[str]:
     backbone.pop('type', None)
     if backbone.get('method') == dict(type='Frozen'):
         del backbone['method']
-    factors = [factor for factor in map(_rate, method.split('+')) if factor is not None]
-    rates = {part: dict(lr_mult=factor) for factor in factors for part in RATED}
-    return [*_flatten(backbone, 'model.backbone'), *_flatten(rates, 'optim_wrapper.paramwise_cfg.custom_keys')]
+    rates = {key: factor for option in method.split('+') for key, factor in _rates(option).items()}
+    return [*_flatten(backbone, 'model.backbone'), *_flatten(rates, 'optim_wrapper.paramwise_cfg')]
 
 
 def _flatten(value, key: str):

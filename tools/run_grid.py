@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from experiments import ROOT, Run, provenance, run_all, shorten
-from held_out import hold_out, ranked_rates
+from held_out import FOLDS, hold_out, ranked_rates
 from method_specs import METHODS_HELP, cfg_options, config_prefix
 from summarize import dataset_of
 
@@ -40,6 +40,9 @@ def parse_args() -> argparse.Namespace:
         '--held-out',
         action='store_true',
         help='validate on the last fifth of the training images, to choose by (use an --out of its own)',
+    )
+    parser.add_argument(
+        '--folds', nargs='+', type=int, choices=FOLDS, help='with --held-out: on each of these fifths; 4 is the last'
     )
     parser.add_argument(
         '--rates-from', metavar='JSON', help="each method's best learning rate in this result of a grid of rates"
@@ -80,8 +83,13 @@ def plan(args: argparse.Namespace) -> list[Run]:
             runs += [Run(config, method, seed, flags, options, rate) for rate in rates]
     if not args.held_out:
         return runs
-    splits = {config: tuple(hold_out(config)) for config in {run.config for run in runs}}
-    return [run._replace(cfg_options=run.cfg_options + splits[run.config]) for run in runs]
+    folds = args.folds or [FOLDS[-1]]
+    splits = {pair: tuple(hold_out(*pair)) for pair in itertools.product({run.config for run in runs}, folds)}
+    return [
+        run._replace(cfg_options=run.cfg_options + splits[run.config, fold], fold=fold if args.folds else None)
+        for fold in folds
+        for run in runs
+    ]
 
 
 def _ranked_rates(ranked: dict[tuple[str, str], list[float]], config: str, method: str) -> list[float]:
@@ -97,6 +105,8 @@ def main() -> None:
     args = parse_args()
     if args.learning_rates and args.rates_from:
         raise SystemExit('--learning-rates and --rates-from exclude one another')
+    if args.folds and not args.held_out:
+        raise SystemExit('--folds needs --held-out')
     out = Path(args.out)
     content = json.loads(out.read_text()) if out.is_file() else {'runs': {}}
     lock = threading.Lock()
