@@ -39,6 +39,8 @@ class CustomTaps:
         ValueError: a stage has no or unknown keys, or a path names no module.
     """
 
+    state_enters_blocks = False
+
     def __init__(self, backbone: nn.Module, stages: list[dict]) -> None:
         self.backbone = backbone
         modules = dict(backbone.named_modules())

@@ -56,7 +56,10 @@ class SwinTaps:
         embed_dims: width of each stage.
         block_taps: of each stage, the number of taps in each of its blocks.
         norm_names: the output norms, in the backbone.
+        state_enters_blocks: whether the highway's state at the start of a stage is what its blocks take.
     """
+
+    state_enters_blocks = True
 
     def __init__(self, backbone: nn.Module, compile_blocks: bool = False) -> None:
         self.backbone = backbone
@@ -92,6 +95,17 @@ class SwinTaps:
         Returns:
             The tokens behind the last of them, before the stage's downsampling.
         """
+        return self.run_blocks(index, tokens, size, blocks, visit)
+
+    def run_blocks(
+        self,
+        index: int,
+        tokens: Tensor,
+        size: Size,
+        blocks: slice = WHOLE,
+        visit: Callable[[Tensor], None] = lambda tap: None,
+    ) -> Tensor:
+        """:meth:`run_stage`, with gradient where that is enabled."""
         for number, block in list(enumerate(self.backbone.stages[index].blocks))[blocks]:
             prepared = self._prepared((index, number), block, tokens, size)
             tokens, *taps = self._run_block(block, tokens, size, *prepared)
@@ -200,6 +214,10 @@ class StagedTaps:
             [self.stages.branches(block) for block in blocks] for blocks in self.stages.blocks[: self.num_stages]
         ]
         self.block_taps = [[len(modules) for modules in blocks] for blocks in self.branches]
+        self.state_enters_blocks = not stages.num_prefix and self._carries_as_it_advances()
+
+    def _carries_as_it_advances(self) -> bool:
+        return type(self.stages).carry is Stages.carry
 
     def remember(self) -> None:
         self.stages.remember()
@@ -219,8 +237,11 @@ class StagedTaps:
         with contextlib.ExitStack() as hooks:
             for module in itertools.chain.from_iterable(self.branches[index][blocks]):
                 hooks.callback(module.register_forward_hook(read).remove)
-            for block in self.stages.blocks[index][blocks]:
-                tokens = self.stages.run_block(block, tokens, size)
+            return self.run_blocks(index, tokens, size, blocks)
+
+    def run_blocks(self, index: int, tokens: Tensor, size: Size, blocks: slice = WHOLE) -> Tensor:
+        for block in self.stages.blocks[index][blocks]:
+            tokens = self.stages.run_block(block, tokens, size)
         return tokens
 
     def patches(self, tokens: Tensor) -> Tensor:
@@ -231,7 +252,7 @@ class StagedTaps:
 
     def follow(self, index: int, tokens: Tensor, size: Size) -> StageStart:
         following, next_size = self.stages.advance(index, tokens, size)
-        if type(self.stages).carry is Stages.carry:
+        if self._carries_as_it_advances():
             return StageStart(following, next_size, self.patches(following))
         return StageStart(following, next_size, self.stages.carry(index, tokens, size, next_size))
 

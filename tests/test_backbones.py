@@ -21,6 +21,8 @@ OPTIONS = [
     dict(mixer=dict(), saved_dtype='bfloat16', frozen_dtype='bfloat16'),
     dict(mixer=dict(width=4, every=1), feedback=True),
     dict(feedback=True, recompute_taps=True, saved_dtype='bfloat16', frozen_dtype='bfloat16'),
+    dict(mixer=dict(width=4), graph_stages=1),
+    dict(mixer=dict(width=4), graph_stages=2, saved_dtype='bfloat16', frozen_dtype='bfloat16'),
 ]
 
 

@@ -63,6 +63,7 @@ def test_a_method_changes_the_config_it_starts_from():
     assert (variant.type, variant.saved_dtype, variant.saved_fraction) == ('E3VABackbone', 'float8_e4m3fn', 0.125)
     assert variant.adapter == dict(rank=8, branches=2, hidden_ratio=0.5, basis='pca', mixing=3)
     assert merged('e3va+rank4+mixer96x2+every6').mixer == dict(width=96, depth=2, every=6)
+    assert merged('e3va+mixer+graph2').graph_stages == 2
     init_default_scope('mmseg')
     MODELS.build(variant)
 

@@ -93,8 +93,9 @@ def test_is_the_same_in_half_precision():
         (dict(mixer=dict(width=96)), 1_605_120),
         (dict(adapter=dict(rank=4), mixer=dict(width=96)), 1_022_976),
         (dict(adapter=dict(rank=4), mixer=dict(width=96, every=6)), 1_239_360),
+        (dict(adapter=dict(rank=4), mixer=dict(width=96), graph_stages=1), 1_126_432),
     ],
-    ids=['defaults', '48x2', '96', 'rank 4, 96', 'rank 4, 96, every 6'],
+    ids=['defaults', '48x2', '96', 'rank 4, 96', 'rank 4, 96, every 6', 'rank 4, 96, in graph'],
 )
 def test_parameter_count(options, number):
     """Less than 2 % of Swin-B's 86.75 M; a mixer of width w has (2 w + 3) C + 87 w."""

@@ -30,8 +30,10 @@ OPTIONS = {
     'kaiming': dict(init='kaiming'),
     'compiled': dict(compile_frozen=True),
 }
-# Options that end in numbers: which keys of which dict these are. ``mixer96x2`` has two mixers of width 96 in a row.
+# Options that end in numbers: which keys of which dict these are (None: of the backbone itself). ``mixer96x2`` has two
+# mixers of width 96 in a row.
 NUMBERED = {
+    'graph': (None, ('graph_stages',)),
     'mixer': ('mixer', ('width', 'depth')),
     'every': ('mixer', ('every',)),
     'mixing': ('adapter', ('mixing',)),
@@ -76,7 +78,10 @@ def _changes(option: str) -> dict | None:
         return None
     part, keys = NUMBERED.get(match[1], ('', ()))
     numbers = [int(number) for number in match.groups()[1:] if number]
-    return {part: dict(zip(keys, numbers))} if len(numbers) <= len(keys) else None
+    if len(numbers) > len(keys):
+        return None
+    change = dict(zip(keys, numbers))
+    return change if part is None else {part: change}
 
 
 def _rates(option: str) -> dict[str, float]:

@@ -27,17 +27,21 @@ _MIXER_OPTIONS = ('width', 'kernel_sizes', 'depth', 'every')
 
 
 class Segment(NamedTuple):
-    """Blocks of a stage whose deltas are evaluated together, and behind which the state is mixed."""
+    """Blocks of a stage whose deltas are evaluated together, and behind which the state is mixed.
+
+    ``in_graph``: the state itself runs through the blocks, which have no adapters.
+    """
 
     stage: int
     blocks: slice
     num_taps: int
     ends_stage: bool
+    in_graph: bool
 
 
 @MODELS.register_module()
 class E3VABackbone(FrozenBackbone):
-    """A frozen backbone with a trainable highway beside it; the loss gradient never enters a backbone block.
+    """A frozen backbone with a trainable highway beside it; the loss gradient enters no backbone block (by default).
 
     With ``x`` the frozen tokens and ``delta_k`` the adapter of tap ``k``, a stage ends in
     ``h = x_end + (h_start - x_start) + sum_k delta_k(tap_k)``; its output is ``norm(h)``, with the backbone's own
@@ -69,6 +73,10 @@ class E3VABackbone(FrozenBackbone):
             leaves the blocks out: it takes what they add to be constant. The frozen forward then depends on the
             adapters, and can not be shared between tasks. It has no parameters, so that a checkpoint does not tell
             whether it was trained with it: test with the option that you train with.
+        graph_stages: an extension of the paper: in that many of the last stages the highway's state itself runs through
+            the frozen blocks, with mixers behind each block in place of the adapters. The gradient runs through these
+            blocks, which the backward pass computes again, one at a time. Needs ``mixer``; for Swin and MiT, and timm's
+            Swin, ConvNeXt, PVT and SAM's ViT: no class tokens, and no block that changes the size of its input.
 
     Raises:
         ValueError: an option is unknown or outside its range.
@@ -89,10 +97,13 @@ class E3VABackbone(FrozenBackbone):
         taps: list[dict] | None = None,
         mixer: dict | None = None,
         feedback: bool = False,
+        graph_stages: int = 0,
     ) -> None:
         _check_option_names('adapter', adapter, _ADAPTER_OPTIONS)
         _check_option_names('mixer', mixer, _MIXER_OPTIONS)
         mixer, every = _split_mixer(mixer)
+        if graph_stages and (mixer is None or compile_frozen):
+            raise ValueError(f'graph_stages={graph_stages!r} needs a mixer, and excludes compile_frozen')
         if taps and (recompute_taps or compile_frozen or feedback or every):
             options = 'recompute_taps, compile_frozen, feedback and mixer.every'
             raise ValueError(f'{options} need a listed family, not taps from the config')
@@ -105,11 +116,13 @@ class E3VABackbone(FrozenBackbone):
         self._next_sizes: dict[tuple[int, Size], Size] = {}
         options = dict(adapter or {}, init=init, storage=storage)
         self.feedback = feedback
-        self.segments = _segments(self.taps.block_taps, every)
+        self._check_graph_stages(graph_stages)
+        self.segments = _segments(self.taps.block_taps, every, graph_stages)
         self.highway, self.mixers = nn.ModuleList(), nn.ModuleList()
         for segment in self.segments:
             dims, has_taps = self.taps.embed_dims[segment.stage], segment.num_taps > 0
-            self.highway.append(StageHighway(segment.num_taps, dims, **options) if has_taps else nn.Identity())
+            has_adapters = has_taps and not segment.in_graph
+            self.highway.append(StageHighway(segment.num_taps, dims, **options) if has_adapters else nn.Identity())
             self.mixers.append(build_mixers(dims, **mixer) if has_taps and mixer is not None else nn.ModuleList())
         norms = (self.backbone.get_submodule(name) for name in self.taps.norm_names)
         self.norms = dict(zip(self.taps.out_indices, norms))
@@ -120,6 +133,13 @@ class E3VABackbone(FrozenBackbone):
                 for parameter, _ in self.backbone.get_submodule(name).named_parameters()
             }
         )
+
+    def _check_graph_stages(self, number: int) -> None:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < self.taps.num_stages:
+            raise ValueError(f'graph_stages must be an integer of 0 to {self.taps.num_stages - 1}, got {number!r}')
+        if number and not self.taps.state_enters_blocks:
+            name = type(self.backbone).__name__
+            raise ValueError(f"graph_stages={number}: the blocks of this {name} can not run on the highway's state")
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The highway's parameters by name (the mixers' included); with the output norms, all that is trained here."""
@@ -157,22 +177,24 @@ class E3VABackbone(FrozenBackbone):
     ) -> tuple[Tensor | None, Tensor, Size, Tensor | None]:
         """From the start of a segment to its output (or None) and to the start of the next: tokens, size and offset.
 
-        ``offset`` is what the highway carries more than the frozen tokens; None is nothing yet. With feedback its value
-        is zero at the start of a segment, and the gradient through it is that of the state.
+        ``offset`` is what the highway carries more than the frozen tokens; None is nothing yet. With feedback, and from
+        within the graph, its value is zero at the start of a segment, and the gradient through it is that of the state.
         """
         segment, is_last = self.segments[index], index + 1 == len(self.segments)
-        tokens, delta = self._run_segment(index, tokens, size)
-        offset = _add(offset, delta)
+        if not segment.in_graph:
+            tokens, delta = self._run_segment(index, tokens, size)
+            offset = _add(offset, delta)
         next_size = None if is_last else self._next_size(segment, tokens, size)
         patches = self.taps.patches(tokens)
         output, carried, mixed = self._finish_segment(index, mixers, patches, offset, size, next_size)
         if is_last:
             return output, tokens, size, offset
-        if mixed is not None and offset is not None:
+        is_adapted = offset is not None or segment.in_graph
+        if mixed is not None and is_adapted:
             tokens = self.taps.with_patches(tokens, mixed)
         following = self._follow(segment, tokens, size)
-        if offset is not None:
-            offset = carried.to(offset.dtype) - following.carried
+        if is_adapted:
+            offset = carried.to(torch.promote_types(carried.dtype, torch.float32)) - following.carried
         return output, following.tokens, next_size, offset
 
     @torch.no_grad()
@@ -219,16 +241,19 @@ class E3VABackbone(FrozenBackbone):
         """The segment's output, the state at the start of the next segment, and the mixed state for feedback."""
         segment, dtype = self.segments[index], tokens.dtype
         norm = self.norms.get(segment.stage) if segment.ends_stage else None
+        goes_on = self.feedback or segment.in_graph
 
         # Lives as long as the graph: a tensor that it named would be kept as well.
         def finish(state: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            if segment.in_graph:
+                state = self.taps.run_blocks(segment.stage, state, size, segment.blocks)
             for weights in mixers:
                 state = mix(state, size, weights)
             output = None if norm is None else self._output(norm, state, dtype, size)
             carried = state if next_size else None
             if next_size and segment.ends_stage:
                 carried = self.taps.carry(segment.stage, state, size, next_size)
-            return output, carried, state.detach() if next_size and self.feedback else None
+            return output, carried, state.detach() if next_size and goes_on else None
 
         # Mixers, output norm and downsampling are cheap and start from the same state, so one copy of it serves all.
         parameters = (*itertools.chain(*mixers), *(() if norm is None else norm.parameters()))
@@ -241,14 +266,16 @@ class E3VABackbone(FrozenBackbone):
         return self.restore_dtype(normed.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
 
 
-def _segments(block_taps: list[list[int]], every: int | None) -> list[Segment]:
-    """The stages, cut behind each ``every`` blocks."""
+def _segments(block_taps: list[list[int]], every: int | None, graph_stages: int) -> list[Segment]:
+    """The stages, cut behind each ``every`` blocks; those in the graph behind each block."""
     segments = []
     for stage, counts in enumerate(block_taps):
-        length = every or max(1, len(counts))
+        in_graph = stage >= len(block_taps) - graph_stages
+        length = 1 if in_graph else every or max(1, len(counts))
         for start in range(0, max(1, len(counts)), length):
             stop = start + length
-            segments.append(Segment(stage, slice(start, stop), sum(counts[start:stop]), stop >= len(counts)))
+            num_taps = sum(counts[start:stop])
+            segments.append(Segment(stage, slice(start, stop), num_taps, stop >= len(counts), in_graph))
     return segments
 
 
