@@ -58,12 +58,22 @@ best() {  # data set, variants
 }
 variants=(mixer96 mixer64+every2 rank4+mixer96+every2 mixer48x2 mixer48+every2 mixer96+kaiming)
 detectors=(rank4+mixer96 rank4+mixer96x2 mixer48x2 mixer96)
-explore 1e-2 camvid "${variants[@]}" mixer96+rate03 rank4+mixer96 rank4+mixer192
+explore 1e-2 camvid "${variants[@]}" mixer96+rate03 rank4+mixer96 rank4+mixer192 rank4+mixer96+graph1
 explore 1e-3 'bccd nuclei' "${variants[@]/%/+rate3}" "${detectors[@]/%/+rate10}" rate10 rank4+mixer192+rate10 \
-    mixer64+every2+rate10 mixer96+rate30
-best camvid rank4+mixer96+every2 mixer64+every2 mixer96 rank4+mixer96 rank4+mixer192
+    mixer64+every2+rate10 mixer96+rate30 rank4+mixer96+graph1+rate10
+best camvid rank4+mixer96+every2 mixer64+every2 mixer96 rank4+mixer96 rank4+mixer192 rank4+mixer96+graph1
+detectors+=(rank4+mixer96+graph1)
 best bccd "${detectors[@]/%/+rate10}" mixer64+every2+rate3 mixer48+every2+feedback+rate3
 best nuclei "${detectors[@]/%/+rate10}" mixer96+rate3
+
+# BCCD, whose seeds differ most: six more of them, and folds of the training images.
+wide=e3va+rank4+mixer96
+train --train-args amp --datasets bccd --seeds 3 4 5 6 7 8 --rates-from results/rates.json --work-dir work_dirs/more_seeds \
+    --out results/more_seeds.json --methods frozen e3va full mona adapter lora e3va+mixer96+rate10 e3va+mixer48x2+rate10 \
+    $wide+rate10 $wide+graph1+rate10
+train --train-args amp --datasets bccd --seeds 0 --held-out --folds 0 1 2 3 4 --learning-rates 1e-3 --work-dir work_dirs/folds \
+    --out results/folds.json --methods mona e3va+mixer96+uprate10 $wide+{feedback+rate10,mixrate10,rate10,rate3,rate3+uprate3} \
+    $wide+{uprate10,uprate30} $wide+graph{1,2}+rate{3,10}
 
 # What the fast options do to accuracy, in fp32 but for what they change.
 guard() { train --work-dir work_dirs/guard --out results/guard.json --methods e3va e3va+bf16 e3va+bf16+taps-float8 \
@@ -121,9 +131,9 @@ for set in "16 $camvid" "8 $bccd" "8 $nuclei"; do
     # shellcheck disable=SC2086
     alone benchmark_small_sets $set --methods $costing
 done
-on_swin_l benchmark_mixers --repeats 3 --profile --methods e3va+bf16 e3va+bf16+rank4+mixer96 \
-    e3va+bf16+rank4+mixer96+every6 e3va+bf16+mixer48x2 mona
-mixers() { alone benchmark_mixers "$1" "$2" --repeats 3 --profile --methods e3va e3va+rank4+mixer96 "${@:3}" mona; }
+on_swin_l benchmark_mixers --repeats 2 --profile --methods e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1,+every6} \
+    e3va+bf16+mixer48x2 mona
+mixers() { alone benchmark_mixers "$1" "$2" --repeats 2 --profile --methods e3va $wide $wide+graph1 "${@:3}" mona; }
 mixers 16 "$camvid" e3va+rank4+mixer96+every2
 mixers 8 "$bccd" e3va+rank4+mixer96x2 e3va+mixer48x2
 mixers 8 "$nuclei" e3va+rank4+mixer96x2 e3va+mixer48x2

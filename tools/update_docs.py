@@ -19,8 +19,10 @@ import summarize
 from experiments import ROOT
 from summarize_benchmark import draw, format_table, group_rows, load_rows, report
 
-# The variants of E³VA that held-out images pick: for segmentation and for detectors.
-PICKED = ('e3va+rank4+mixer96+every2', 'e3va+rank4+mixer96+rate10')
+# The variants of E³VA that held-out images pick, for segmentation and for detectors: of all, and of those that have no
+# block of the backbone in the graph and whose kernels take at most 1.15 of E³VA's time.
+PICKED = ('e3va+rank4+mixer96+graph1', 'e3va+rank4+mixer96+graph1+rate10')
+PICKED_LIGHT = ('e3va+rank4+mixer96+every2', 'e3va+rank4+mixer96+rate10')
 # Columns and rows of the README's overview; the rows are methods at batch 8 with fp32 heads.
 OVERVIEW_MODELS = {
     'upernet swin-l': 'UPerNet Swin-L, 512²',
@@ -53,7 +55,7 @@ RATIOS = [
 
 
 def _picked(content: dict) -> dict:
-    return summarize.without_variants(content, PICKED)
+    return summarize.without_variants(content, PICKED + PICKED_LIGHT)
 
 
 def _of_content(make: Callable[[dict], str]) -> Callable[[Path], str]:
@@ -70,6 +72,17 @@ def _accuracy_and_step(path: Path, benchmark: Path) -> str:
     """The table of runs that shared a device, with the steps of their methods measured alone."""
     rows = {(summarize.dataset_of(row['config']), row['method']): row['step_seconds'] for row in load_rows(benchmark)}
     return summarize.summarize(json.loads(path.read_text()), alone=rows)
+
+
+def nine_seeds(*contents: dict) -> dict:
+    """BCCD's runs of the methods that have more seeds than three."""
+    runs = {name: run for content in contents for name, run in content['runs'].items() if 'bccd' in run['config']}
+    methods = {run['method'] for run in runs.values() if run['seed'] > 2}
+    return {'runs': {name: run for name, run in runs.items() if run['method'] in methods}}
+
+
+def _nine_seeds(*paths: Path) -> str:
+    return summarize.summarize(nine_seeds(*(json.loads(path.read_text()) for path in paths)))
 
 
 def _dinov2(path: Path) -> str:
@@ -147,6 +160,8 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'dinov2 table', _dinov2, ('benchmark_dinov2',)),
     ('README.md', 'results table', _pivot, ('small_sets',)),
     ('docs/methods.md', 'small sets', _accuracy_and_step, ('small_sets', 'benchmark_small_sets')),
+    ('docs/methods.md', 'nine seeds', _nine_seeds, ('small_sets', 'more_seeds')),
+    ('docs/methods.md', 'folds', _accuracy, ('folds',)),
     ('docs/methods.md', 'shapes methods', _accuracy, ('shapes_methods_cpu',)),
     ('docs/methods.md', 'camvid cpu', _accuracy, ('camvid_cpu',)),
     ('docs/methods.md', 'rates', _accuracy, ('rates',)),
