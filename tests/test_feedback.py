@@ -124,7 +124,7 @@ def test_backbones_whose_blocks_the_state_can_not_enter(name):
         (dict(graph_stages=4), 'graph_stages must be an integer of 0 to 3, got 4'),
         (dict(graph_stages=True), 'got True'),
         (dict(mixer=None), 'graph_stages=2 needs a mixer'),
-        (dict(compile_frozen=True), 'graph_stages=2 needs a mixer, and excludes compile_frozen'),
+        (dict(compile_frozen=True), 'such as mixer=dict.., and compile_frozen=False'),
     ],
 )
 def test_bad_stages_in_the_graph(options, message):

@@ -102,8 +102,6 @@ class E3VABackbone(FrozenBackbone):
         _check_option_names('adapter', adapter, _ADAPTER_OPTIONS)
         _check_option_names('mixer', mixer, _MIXER_OPTIONS)
         mixer, every = _split_mixer(mixer)
-        if graph_stages and (mixer is None or compile_frozen):
-            raise ValueError(f'graph_stages={graph_stages!r} needs a mixer, and excludes compile_frozen')
         if taps and (recompute_taps or compile_frozen or feedback or every):
             options = 'recompute_taps, compile_frozen, feedback and mixer.every'
             raise ValueError(f'{options} need a listed family, not taps from the config')
@@ -116,7 +114,7 @@ class E3VABackbone(FrozenBackbone):
         self._next_sizes: dict[tuple[int, Size], Size] = {}
         options = dict(adapter or {}, init=init, storage=storage)
         self.feedback = feedback
-        self._check_graph_stages(graph_stages)
+        self._check_graph_stages(graph_stages, mixer, compile_frozen)
         self.segments = _segments(self.taps.block_taps, every, graph_stages)
         self.highway, self.mixers = nn.ModuleList(), nn.ModuleList()
         for segment in self.segments:
@@ -134,9 +132,11 @@ class E3VABackbone(FrozenBackbone):
             }
         )
 
-    def _check_graph_stages(self, number: int) -> None:
+    def _check_graph_stages(self, number: int, mixer: dict | None, compile_frozen: bool) -> None:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < self.taps.num_stages:
             raise ValueError(f'graph_stages must be an integer of 0 to {self.taps.num_stages - 1}, got {number!r}')
+        if number and (mixer is None or compile_frozen):
+            raise ValueError(f'graph_stages={number} needs a mixer, such as mixer=dict(), and compile_frozen=False')
         if number and not self.taps.state_enters_blocks:
             name = type(self.backbone).__name__
             raise ValueError(f"graph_stages={number}: the blocks of this {name} can not run on the highway's state")
