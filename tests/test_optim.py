@@ -4,18 +4,18 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, e3va, images, stir, swin
+from conftest import ROOT, e3va, images, stir
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
 
 from e3va_mm.optim import merge_groups
 
 SETTINGS = Config.fromfile(ROOT / 'configs/_base_/schedules/small_sets.py').optim_wrapper
-MIXERS = dict(custom_keys={**SETTINGS.paramwise_cfg.custom_keys, 'mixers': dict(lr_mult=3)})
 
 
-def optim_wrapper(model, constructor='MergedGroupsConstructor', paramwise_cfg=SETTINGS.paramwise_cfg, **options):
+def optim_wrapper(model, constructor, **options):
+    custom_keys = {**SETTINGS.paramwise_cfg.custom_keys, 'mixers': dict(lr_mult=3)}
+    paramwise_cfg = dict(custom_keys=custom_keys)
     config = dict(copy.deepcopy(SETTINGS), constructor=constructor, paramwise_cfg=paramwise_cfg, **options)
     return build_optim_wrapper(model, Config(dict(optim_wrapper=config)).optim_wrapper)
 
@@ -31,32 +31,11 @@ def settings_of(wrapper):
 def test_each_parameter_keeps_its_settings_in_few_groups():
     model = e3va(mixer=dict(width=8))
     merged, stock = (
-        optim_wrapper(model, name, MIXERS) for name in ('MergedGroupsConstructor', 'DefaultOptimWrapperConstructor')
+        optim_wrapper(model, name) for name in ('MergedGroupsConstructor', 'DefaultOptimWrapperConstructor')
     )
     assert settings_of(merged) == settings_of(stock)
     assert len(merged.optimizer.param_groups) == 3 < len(stock.optimizer.param_groups)
     assert {len(group['params']) for group in stock.optimizer.param_groups} == {1}
-
-
-def test_up_projections_learn_faster():
-    model, lr = e3va(mixer=dict(width=8)), SETTINGS.optimizer.lr
-    settings = settings_of(optim_wrapper(model, paramwise_cfg=dict(MIXERS, up_lr_mult=10)))
-    factors = {
-        name: round(settings[id(value)][0] / lr, 6) for name, value in model.named_parameters() if value.requires_grad
-    }
-    for name, factor in factors.items():
-        last = name.split('.')[-1] in ('up_out', 'up_bias') or '.up.' in name
-        assert factor == (10 if last else 1) * (3 if 'mixers' in name else 1)
-    assert {1, 3, 10, 30} == set(factors.values())
-
-
-@pytest.mark.parametrize(
-    ('method', 'up_lr_mult', 'message'), [('Adapter', 0, 'positive number, got 0'), ('BitFit', 10, 'no up-projection')]
-)
-def test_bad_rates_of_up_projections(method, up_lr_mult, message):
-    model = MODELS.build(dict(type='TunedBackbone', backbone=swin(), method=dict(type=method)))
-    with pytest.raises(ValueError, match=f'up_lr_mult.*{message}'):
-        optim_wrapper(model, paramwise_cfg=dict(up_lr_mult=up_lr_mult))
 
 
 @pytest.mark.parametrize('accumulated', [1, 2])
@@ -65,7 +44,7 @@ def test_trains_as_with_the_stock_constructor(accumulated):
     for name in ('MergedGroupsConstructor', 'DefaultOptimWrapperConstructor'):
         torch.manual_seed(0)
         model = stir(e3va(mixer=dict(width=8))).double()
-        wrapper = optim_wrapper(model, name, MIXERS, accumulative_counts=accumulated)
+        wrapper = optim_wrapper(model, name, accumulative_counts=accumulated)
         for _ in range(4):
             wrapper.update_params(sum(output.square().mean() for output in model(images().double())))
         trained.append({key: value.detach() for key, value in model.adapter_parameters().items()})

@@ -39,13 +39,8 @@ NUMBERED = {
     'mixing': ('adapter', ('mixing',)),
     'rank': ('adapter', ('rank',)),
 }
-# What of E³VA an option multiplies the learning rate of, in units of the head's: keys of optim_wrapper.paramwise_cfg.
-# ``rate3`` has a factor of 3, ``rate03`` of 0.3.
-RATES = {
-    'rate': ('custom_keys.highway.lr_mult', 'custom_keys.mixers.lr_mult'),
-    'mixrate': ('custom_keys.mixers.lr_mult',),
-    'uprate': ('up_lr_mult',),
-}
+# Parts of E³VA whose learning rate an option multiplies, in units of the head's: ``rate3`` by 3, ``rate03`` by 0.3.
+RATES = {'rate': ('highway', 'mixers'), 'mixrate': ('mixers',)}
 _RATES_OF_E3VA = ', '.join(f'{name}N' for name in RATES) + ' (E³VA alone)'
 OPTION_NAMES = [*OPTIONS, *(f'{name}N' for name in NUMBERED), 'mixerNxN', _RATES_OF_E3VA]
 METHODS_HELP = f'any of {", ".join(METHODS)}; options for some of them, appended with +: {", ".join(OPTION_NAMES)}'
@@ -84,13 +79,13 @@ def _changes(option: str) -> dict | None:
     return change if part is None else {part: change}
 
 
-def _rates(option: str) -> dict[str, float]:
-    """The factors that an option of :data:`RATES` sets, by key; none for other options."""
+def _rates(option: str) -> dict[str, dict[str, float]]:
+    """What an option of :data:`RATES` sets in ``paramwise_cfg.custom_keys``; nothing for other options."""
     match = re.fullmatch(f'({"|".join(RATES)})(0?)([0-9]+)', option)
     if match is None:
         return {}
     factor = float(f'0.{match[3]}') if match[2] else int(match[3])
-    return dict.fromkeys(RATES[match[1]], factor)
+    return {part: dict(lr_mult=factor) for part in RATES[match[1]]}
 
 
 def without_rates(method: str) -> str:
@@ -109,8 +104,8 @@ def cfg_options(method: str) -> list[str]:
     backbone.pop('type', None)
     if backbone.get('method') == dict(type='Frozen'):
         del backbone['method']
-    rates = {key: factor for option in method.split('+') for key, factor in _rates(option).items()}
-    return [*_flatten(backbone, 'model.backbone'), *_flatten(rates, 'optim_wrapper.paramwise_cfg')]
+    rates = {part: change for option in method.split('+') for part, change in _rates(option).items()}
+    return [*_flatten(backbone, 'model.backbone'), *_flatten(rates, 'optim_wrapper.paramwise_cfg.custom_keys')]
 
 
 def _flatten(value, key: str):

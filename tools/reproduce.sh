@@ -72,8 +72,7 @@ train --train-args amp --datasets bccd --seeds 3 4 5 6 7 8 --rates-from results/
     --out results/more_seeds.json --methods frozen e3va full mona adapter lora e3va+mixer96+rate10 e3va+mixer48x2+rate10 \
     $wide+rate10 $wide+graph1+rate10
 train --train-args amp --datasets bccd --seeds 0 --held-out --folds 0 1 2 3 4 --learning-rates 1e-3 --work-dir work_dirs/folds \
-    --out results/folds.json --methods mona e3va+mixer96+uprate10 $wide+{feedback+rate10,mixrate10,rate10,rate3,rate3+uprate3} \
-    $wide+{uprate10,uprate30} $wide+graph{1,2}+rate{3,10}
+    --out results/folds.json --methods mona $wide+{feedback+rate10,mixrate10,rate10,rate3} $wide+graph{1,2}+rate{3,10}
 
 # What the fast options do to accuracy, in fp32 but for what they change.
 guard() { train --work-dir work_dirs/guard --out results/guard.json --methods e3va e3va+bf16 e3va+bf16+taps-float8 \

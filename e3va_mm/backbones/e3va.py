@@ -238,7 +238,7 @@ class E3VABackbone(FrozenBackbone):
         size: Size,
         next_size: Size | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The segment's output, the state at the start of the next segment, and the mixed state for feedback."""
+        """The segment's output, the state at the start of the next one, and the mixed state if blocks go on from it."""
         segment, dtype = self.segments[index], tokens.dtype
         norm = self.norms.get(segment.stage) if segment.ends_stage else None
         goes_on = self.feedback or segment.in_graph
