@@ -34,6 +34,17 @@ SIZES = {'t': 'tiny', 's': 'small', 'b': 'base', 'l': 'large'}
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_case_arguments(parser)
+    parser.add_argument('--memory-cap', type=float, help='GiB that PyTorch may allocate (CUDA)')
+    parser.add_argument('--repeats', type=int, default=1, help='times that each case is run')
+    parser.add_argument('--profile', action='store_true', help='also list the kernels that take the most time')
+    parser.add_argument('--jobs', type=int, default=1, help='processes; one measures, others load libraries')
+    parser.add_argument('--time-limit', type=float, default=float('inf'), help='seconds; no case is started after them')
+    return parser.parse_args()
+
+
+def add_case_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says which cases there are, and how long each is measured."""
     parser.add_argument('--out', required=True, help='JSON file that collects the results')
     parser.add_argument('--tasks', nargs='*', default=list(TASKS), choices=TASKS)
     parser.add_argument('--sizes', nargs='+', default=['t'], choices=SIZES, help='of the Swin backbone')
@@ -44,19 +55,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--precisions', nargs='+', default=['fp32'], choices=('fp32', 'amp-fp16', 'amp-bf16'))
     parser.add_argument('--batch-sizes', nargs='+', type=_batch_size, default=[2], help="numbers, or 'largest'")
     parser.add_argument('--image-sizes', nargs='+', type=_image_size, help="HxW; default: the task's own")
-    parser.add_argument('--memory-cap', type=float, help='GiB that PyTorch may allocate (CUDA)')
     parser.add_argument(
         '--data', choices=('synthetic', 'real'), default='synthetic', help="real: the config's own data"
     )
     parser.add_argument('--steps', type=int, default=20, help='measured steps of a case')
     parser.add_argument('--warmup', type=int, default=5, help='steps before them')
-    parser.add_argument('--repeats', type=int, default=1, help='times that each case is run')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides of all configs')
-    parser.add_argument('--profile', action='store_true', help='also list the kernels that take the most time')
-    parser.add_argument('--jobs', type=int, default=1, help='processes; one measures, others load libraries')
-    parser.add_argument('--time-limit', type=float, default=float('inf'), help='seconds; no case is started after them')
     parser.add_argument('--commit', help='recorded in the results; default: asked of git')
-    return parser.parse_args()
 
 
 def _batch_size(text: str) -> int | str:
@@ -123,10 +128,8 @@ def run_case(case: dict, lock: str) -> dict:
 def main() -> None:
     args = parse_args()
     out = Path(args.out)
-    content = json.loads(out.read_text()) if out.is_file() else {'cases': {}}
     cases = plan(args)
-    for name, case in cases.items():
-        content['cases'].setdefault(name, {**case, 'config': str(Path(case['config']).name), 'runs': []})
+    content = load(out, cases)
     # Repeat by repeat, so that those of a case are spread over the whole measurement.
     missing = [
         name for repeat in range(args.repeats) for name in cases if len(content['cases'][name]['runs']) <= repeat
@@ -149,6 +152,14 @@ def main() -> None:
             save(content, out)
     if failed:
         sys.exit(f'{failed} cases failed; what ran is in {out}')
+
+
+def load(out: Path, cases: dict[str, dict]) -> dict:
+    """What the result file holds, and the cases that it does not have yet."""
+    content = json.loads(out.read_text()) if out.is_file() else {'cases': {}}
+    for name, case in cases.items():
+        content['cases'].setdefault(name, {**case, 'config': str(Path(case['config']).name), 'runs': []})
+    return content
 
 
 def save(content: dict, out: Path) -> None:

@@ -87,6 +87,12 @@ class Bench:
         loss, _ = self.model.parse_losses(losses)
         self.optim.update_params(loss)
 
+    def timed_step(self) -> float:
+        """Seconds of a step."""
+        started = self.synchronize()
+        self.step()
+        return self.synchronize() - started
+
     def synchronize(self) -> float:
         if self.device.type == 'cuda':
             torch.cuda.synchronize()
@@ -140,6 +146,12 @@ def synthetic_batch(config: Config, batch_size: int, image_size: tuple[int, int]
     return dict(inputs=inputs, data_samples=samples)
 
 
+def quartiles(name: str, values: list[float]) -> dict:
+    """The median as ``name``, and the quartiles around it."""
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+    return {name: median, f'{name}_quartiles': [low, high]}
+
+
 def measure(bench: Bench, warmup: int, steps: int, profile: bool) -> dict:
     """Peak memory and the time of a step, then where both go."""
     for _ in range(warmup):
@@ -147,17 +159,8 @@ def measure(bench: Bench, warmup: int, steps: int, profile: bool) -> dict:
     cuda = bench.device.type == 'cuda'
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(steps):
-        started = bench.synchronize()
-        bench.step()
-        seconds.append(bench.synchronize() - started)
-    low, median, high = statistics.quantiles(seconds, n=4) if steps > 1 else 3 * seconds
-    result = {
-        'peak_memory_mib': round(process_peak_bytes() / MIB, 1),
-        'step_seconds': median,
-        'step_seconds_quartiles': [low, high],
-    }
+    seconds = [bench.timed_step() for _ in range(steps)]
+    result = {'peak_memory_mib': round(process_peak_bytes() / MIB, 1), **quartiles('step_seconds', seconds)}
     if cuda:
         result['peak_reserved_mib'] = round(torch.cuda.max_memory_reserved() / MIB, 1)
     if profile:
@@ -312,6 +315,10 @@ def run_case(case: dict) -> dict:
     return {'batch_size': batch_size, **result, 'images_per_second': batch_size / result['step_seconds']}
 
 
+def load_libraries(case: dict) -> None:
+    importlib.import_module(f'{Config.fromfile(case["config"]).default_scope}.models')
+
+
 @contextlib.contextmanager
 def exclusive(path: str):
     """Keeps other cases off the device and the processor: until it is their turn, they only load libraries."""
@@ -324,6 +331,6 @@ if __name__ == '__main__':
     MMLogger.get_instance('benchmark', log_level='ERROR')
     given, target = map(Path, sys.argv[1:])
     case = json.loads(given.read_text())
-    importlib.import_module(f'{Config.fromfile(case["config"]).default_scope}.models')
+    load_libraries(case)
     with exclusive(case['lock']):
         target.write_text(json.dumps(run_case(case)))

@@ -1,0 +1,70 @@
+#!/usr/bin/env python
+"""Compares how long methods take for a training step: in one process, a step of each in turn.
+
+Steps of small models wait for the processor, whose speed differs from process to process by more than the methods do.
+Measured is the ratio to the first method in the same round. Memory is measured by ``tools/benchmark.py``. Each call
+adds a run to the cases in the file; ``tools/summarize_benchmark.py`` makes a table of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+from benchmark import add_case_arguments, load, plan, save
+from benchmark_case import Bench, load_libraries, quartiles
+from experiments import provenance
+from mmengine.logging import MMLogger
+from summarize_benchmark import group_rows
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_case_arguments(parser)
+    parser.set_defaults(memory_cap=None, profile=False)
+    return parser.parse_args()
+
+
+def main() -> None:
+    MMLogger.get_instance('benchmark', log_level='ERROR')
+    args = parse_args()
+    out, cases = Path(args.out), plan(args)
+    content = load(out, cases)
+    named = [{'name': name, **case} for name, case in cases.items()]
+    for group in group_rows(named, 'model', 'image_size', 'precision', 'batch_size').values():
+        for case, run in zip(group, measure_in_turn(group)):
+            content['cases'][case['name']]['runs'].append(run)
+            content['cases'][case['name']].update(provenance(args.commit))
+            print(f'{case["name"]}: {1000 * run["step_seconds"]:.1f} ms, {run["of_first"]:.2f} of the first')
+        save(content, out)
+
+
+def measure_in_turn(cases: list[dict]) -> list[dict]:
+    """Median and quartiles of each case's steps, and of their ratio to the first case's in the same round."""
+    load_libraries(cases[0])
+    benches = [Bench(case) for case in cases]
+    for bench, case in zip(benches, cases):
+        bench.to_device()
+        bench.load_batch(case['batch_size'])
+        for _ in range(case['warmup']):
+            bench.step()
+    order, draw = list(range(len(benches))), random.Random(0)
+    seconds = [[] for _ in benches]
+    for _ in range(cases[0]['steps']):
+        # Each method behind any other: what one leaves in caches is not always the same one's gain.
+        draw.shuffle(order)
+        for index in order:
+            seconds[index].append(benches[index].timed_step())
+    return [
+        {
+            'batch_size': case['batch_size'],
+            **quartiles('step_seconds', own),
+            **quartiles('of_first', [one / first for one, first in zip(own, seconds[0])]),
+        }
+        for case, own in zip(cases, seconds)
+    ]
+
+
+if __name__ == '__main__':
+    main()
