@@ -40,6 +40,19 @@ def test_results_say_what_was_measured_and_where(results):
     assert kept['e3va+taps-float8'] < kept['e3va']
 
 
+def test_steps_in_turn(tmp_path):
+    out = tmp_path / 'out.json'
+    command = ['tools/benchmark_steps.py', '--out', out, '--tasks', '--configs', CONFIG, '--image-sizes', '64x96']
+    command += ['--batch-sizes', '2', '--steps', '3', '--warmup', '1', '--methods', 'e3va', 'full']
+    assert tool(*command).count(' of the first') == 2
+    assert ' of the first' not in tool(*command)  # it is there already
+    (plain,), (full,) = (case['runs'] for case in json.loads(out.read_text())['cases'].values())
+    assert plain['of_first'] == 1 and full['of_first_quartiles'][0] <= full['of_first'] <= full['of_first_quartiles'][1]
+    assert 0 < plain['step_seconds'] < 60
+    ratio = full['of_first']
+    assert f'| full | {1000 * full["step_seconds"]:.0f} ms | {ratio:.2f} (' in tool('tools/summarize_benchmark.py', out)
+
+
 def test_methods_share_heads_and_batches():
     """Nothing is learnt, so a head whose work depends on what it predicts has the same of it in every step."""
     case = dict(config=CONFIG, precision='fp32', image_size=[96, 96], data='synthetic', cfg_options={})

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import benchmark
+import benchmark_steps
 import run_grid
 from conftest import ROOT
 
@@ -24,11 +25,12 @@ def call_reproduce(tmp_path, *args):
 def test_what_reproduce_runs_exists(tmp_path, monkeypatch):
     call, commands = call_reproduce(tmp_path)
     assert call.returncode == 0 and 'results/ is complete' in call.stdout
-    assert {command[0] for command in commands} == {'tools/run_grid.py', 'tools/benchmark.py'}
+    benchmarks = {'tools/benchmark.py': benchmark.parse_args, 'tools/benchmark_steps.py': benchmark_steps.parse_args}
+    assert {command[0] for command in commands} == {'tools/run_grid.py', *benchmarks}
     for command in commands:
         monkeypatch.setattr(sys, 'argv', command)
-        if command[0] == 'tools/benchmark.py':
-            cases = benchmark.plan(benchmark.parse_args())
+        if command[0] in benchmarks:
+            cases = benchmark.plan(benchmarks[command[0]]())
             assert all(Path(ROOT, case['config']).is_file() for case in cases.values())
             continue
         args = run_grid.parse_args()

@@ -39,7 +39,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--repeats', type=int, default=1, help='times that each case is run')
     parser.add_argument('--profile', action='store_true', help='also list the kernels that take the most time')
     parser.add_argument('--jobs', type=int, default=1, help='processes; one measures, others load libraries')
-    parser.add_argument('--time-limit', type=float, default=float('inf'), help='seconds; no case is started after them')
     return parser.parse_args()
 
 
@@ -61,6 +60,7 @@ def add_case_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--steps', type=int, default=20, help='measured steps of a case')
     parser.add_argument('--warmup', type=int, default=5, help='steps before them')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides of all configs')
+    parser.add_argument('--time-limit', type=float, default=float('inf'), help='seconds; none is started after them')
     parser.add_argument('--commit', help='recorded in the results; default: asked of git')
 
 

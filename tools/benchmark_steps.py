@@ -2,14 +2,16 @@
 """Compares how long methods take for a training step: in one process, a step of each in turn.
 
 Steps of small models wait for the processor, whose speed differs from process to process by more than the methods do.
-Measured is the ratio to the first method in the same round. Memory is measured by ``tools/benchmark.py``. Each call
-adds a run to the cases in the file; ``tools/summarize_benchmark.py`` makes a table of it.
+Measured is the ratio to the first method in the same round. Memory is measured by ``tools/benchmark.py``. What is in
+the file already is not measured again; ``tools/summarize_benchmark.py`` makes a table of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import sys
+import time
 from pathlib import Path
 
 from benchmark import add_case_arguments, load, plan, save
@@ -28,11 +30,15 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     MMLogger.get_instance('benchmark', log_level='ERROR')
-    args = parse_args()
+    args, started = parse_args(), time.monotonic()
     out, cases = Path(args.out), plan(args)
     content = load(out, cases)
     named = [{'name': name, **case} for name, case in cases.items()]
     for group in group_rows(named, 'model', 'image_size', 'precision', 'batch_size').values():
+        if all(content['cases'][case['name']]['runs'] for case in group):
+            continue
+        if time.monotonic() - started > args.time_limit:
+            sys.exit('--time-limit is over; not all cases have been measured')
         for case, run in zip(group, measure_in_turn(group)):
             content['cases'][case['name']]['runs'].append(run)
             content['cases'][case['name']].update(provenance(args.commit))

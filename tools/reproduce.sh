@@ -66,11 +66,15 @@ detectors+=(rank4+mixer96+graph1)
 best bccd "${detectors[@]/%/+rate10}" mixer64+every2+rate3 mixer48+every2+feedback+rate3
 best nuclei "${detectors[@]/%/+rate10}" mixer96+rate3
 
-# BCCD, whose seeds differ most: six more of them, and folds of the training images.
+# Six more seeds of what matters for the gap, and folds of the training images of BCCD, whose seeds differ most.
 wide=e3va+rank4+mixer96
-train --train-args amp --datasets bccd --seeds 3 4 5 6 7 8 --rates-from results/rates.json --work-dir work_dirs/more_seeds \
-    --out results/more_seeds.json --methods frozen e3va full mona adapter lora e3va+mixer96+rate10 e3va+mixer48x2+rate10 \
-    $wide+rate10 $wide+graph1+rate10
+more() {  # data set, methods
+    train --train-args amp --datasets "$1" --seeds 3 4 5 6 7 8 --rates-from results/rates.json --work-dir work_dirs/more_seeds \
+        --out results/more_seeds.json --methods "${@:2}"
+}
+more bccd frozen e3va full mona adapter lora e3va+mixer96+rate10 e3va+mixer48x2+rate10 $wide+rate10 $wide+graph1+rate10
+more camvid mona $wide+graph1 $wide+every2 $wide full e3va adapter frozen
+more nuclei mona $wide+graph1+rate10 $wide+rate10
 train --train-args amp --datasets bccd --seeds 0 --held-out --folds 0 1 2 3 4 --learning-rates 1e-3 --work-dir work_dirs/folds \
     --out results/folds.json --methods mona $wide+{feedback+rate10,mixrate10,rate10,rate3} $wide+graph{1,2}+rate{3,10}
 
@@ -132,10 +136,23 @@ for set in "16 $camvid" "8 $bccd" "8 $nuclei"; do
 done
 on_swin_l benchmark_mixers --repeats 2 --profile --methods e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1,+every6} \
     e3va+bf16+mixer48x2 mona
-mixers() { alone benchmark_mixers "$1" "$2" --repeats 2 --profile --methods e3va $wide $wide+graph1 "${@:3}" mona; }
+merged=(--cfg-options optim_wrapper.constructor=MergedGroupsConstructor)
+large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1,+graph1+kept})
+measure --out results/benchmark_mixers.json --profile --tasks retinanet --sizes l --batch-sizes 8 --steps 10 --warmup 3 \
+    "${merged[@]}" --methods "${large[@]}"
+mixers() { alone benchmark_mixers "$1" "$2" --profile --methods e3va $wide{,+kept,+graph1,+graph1+kept} "${@:3}" mona; }
 mixers 16 "$camvid" e3va+rank4+mixer96+every2
 mixers 8 "$bccd" e3va+rank4+mixer96x2 e3va+mixer48x2
 mixers 8 "$nuclei" e3va+rank4+mixer96x2 e3va+mixer48x2
+steps() { run tools/benchmark_steps.py --out results/steps.json "$@"; }
+in_turn() { steps --tasks --configs "$2" --data real --batch-sizes "$1" --precisions amp-fp16 --steps "$3" --methods e3va \
+    $wide{,+kept,+graph1,+graph1+kept} "${@:4}" mona; }
+in_turn 16 "$camvid" 40 $wide+every2{,+kept}
+in_turn 8 "$bccd" 40
+in_turn 8 "$nuclei" 25
+large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+kept,+graph1,+graph1+kept})
+steps --tasks upernet --sizes l --batch-sizes 2 --steps 30 "${merged[@]}" --methods "${large[@]}"
+steps --tasks retinanet --sizes l --batch-sizes 8 --steps 12 "${merged[@]}" --methods "${large[@]}"
 alone benchmark_groups 8 $bccd --cfg-options optim_wrapper.constructor=DefaultOptimWrapperConstructor \
     --methods e3va e3va+mixer48x2 mona full
 

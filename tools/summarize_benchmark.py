@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes Markdown tables (printed) and plots of a result file from tools/benchmark.py."""
+"""Makes Markdown tables (printed) and plots of a result file from tools/benchmark.py or benchmark_steps.py."""
 
 from __future__ import annotations
 
@@ -126,6 +126,16 @@ def format_phases(rows: list[dict]) -> str:
     return '\n'.join(lines)
 
 
+def format_steps(rows: list[dict]) -> str:
+    """What tools/benchmark_steps.py has measured; a row a case, with quartiles over the rounds."""
+    lines = ['| | | step | of the first |', '|---' * 4 + '|']
+    for row in rows:
+        low, high = row['of_first_quartiles']
+        ratio = f'{row["of_first"]:.2f} ({low:.2f}–{high:.2f})' if row['of_first'] != 1 else '1'
+        lines.append(f'| {row["model"]} | {row["method"]} | {1000 * row["step_seconds"]:.0f} ms | {ratio} |')
+    return '\n'.join(lines)
+
+
 def draw_bars(rows: list[dict], target: Path) -> None:
     """Memory, bytes kept and time, a bar a method."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 1 + 0.32 * len(rows)), layout='constrained', sharey=True)
@@ -202,6 +212,8 @@ def draw(rows: list[dict], folder: Path, prefix: str) -> list[Path]:
 def report(path: str | Path) -> str:
     """All tables of a result file, as Markdown."""
     rows = load_rows(path)
+    if 'of_first' in rows[0]:
+        return format_steps(rows)
     phases = format_phases([row for row in rows if row['batch_size']])
     return f'{format_tables(rows)}\n\nWhere the time of a step goes (ms):\n\n{phases}'
 
@@ -212,8 +224,11 @@ def main() -> None:
     parser.add_argument('--plots', metavar='FOLDER', help='also draw plots into this folder')
     args = parser.parse_args()
     print(report(args.results))
+    rows = load_rows(args.results)
+    if args.plots and 'of_first' in rows[0]:
+        parser.error('--plots: there are none of tools/benchmark_steps.py')
     if args.plots:
-        for path in draw(load_rows(args.results), Path(args.plots), Path(args.results).stem):
+        for path in draw(rows, Path(args.plots), Path(args.results).stem):
             print(f'\n{path}')
 
 

@@ -75,10 +75,10 @@ def _accuracy_and_step(path: Path, benchmark: Path) -> str:
 
 
 def nine_seeds(*contents: dict) -> dict:
-    """BCCD's runs of the methods that have more seeds than three."""
-    runs = {name: run for content in contents for name, run in content['runs'].items() if 'bccd' in run['config']}
-    methods = {run['method'] for run in runs.values() if run['seed'] > 2}
-    return {'runs': {name: run for name, run in runs.items() if run['method'] in methods}}
+    """The runs of the methods that have more seeds than three on a data set."""
+    runs = {name: run for content in contents for name, run in content['runs'].items()}
+    more = {(run['config'], run['method']) for run in runs.values() if run['seed'] > 2}
+    return {'runs': {name: run for name, run in runs.items() if (run['config'], run['method']) in more}}
 
 
 def _nine_seeds(*paths: Path) -> str:
@@ -168,6 +168,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/backbones.md', 'backbones', _accuracy, ('backbones',)),
     ('docs/performance.md', 'guard', _accuracy, ('guard',)),
     ('docs/performance.md', 'mixers', format_mixers, ('benchmark_mixers',)),
+    ('docs/performance.md', 'steps', report, ('steps',)),
     ('docs/performance.md', 'of frozen', format_ratios, ('benchmark_gpu', 'benchmark_compiled')),
     *(
         ('docs/benchmarks.md', name, report, (name,))
