@@ -177,34 +177,17 @@ class KeptMix(torch.autograd.Function):
             active = F.gelu(filtered)
             state = result - _expand(active, w)
             grad_added = grad.to(w.up.dtype)
-            grad_up, grad_up_bias = _linear_gradients(grad_added, _tokens(active))
+            up = _linear_gradients(grad_added, _tokens(active))
             grad_filtered = torch.ops.aten.gelu_backward(_image(grad_added @ w.up, ctx.size), filtered)
-            grad_image, grad_kernel, grad_kernel_bias = _depthwise_gradients(
-                grad_filtered, _reduce(normed, ctx.size, w), w.kernel
-            )
+            grad_image, *kernel = _depthwise_gradients(grad_filtered, _reduce(normed, ctx.size, w), w.kernel)
             grad_reduced = _tokens(grad_image)
-            grad_down, grad_down_bias = _linear_gradients(grad_reduced, normed)
-            grad_state, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-                (grad_reduced @ w.down).to(state.dtype),
-                state,
-                state.shape[-1:],
-                mean,
-                rstd,
-                w.norm_weight,
-                w.norm_bias,
-                [True] * 3,
+            down = _linear_gradients(grad_reduced, normed)
+            grad_normed = (grad_reduced @ w.down).to(state.dtype)
+            grad_state, *norm = torch.ops.aten.native_layer_norm_backward(
+                grad_normed, state, state.shape[-1:], mean, rstd, w.norm_weight, w.norm_bias, [True] * 3
             )
-        grads = MixerWeights(
-            grad_norm_weight,
-            grad_norm_bias,
-            grad_kernel,
-            grad_kernel_bias,
-            grad_down,
-            grad_down_bias,
-            grad_up,
-            grad_up_bias,
-        )
-        return grad_state.add_(grad), None, *grads
+        # In the order of MixerWeights.
+        return grad_state.add_(grad), None, *norm, *kernel, *down, *up
 
 
 def _mix_normed(state: Tensor, normed: Tensor, size: tuple[int, int], weights: MixerWeights) -> tuple[Tensor, Tensor]:
