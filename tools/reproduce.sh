@@ -115,14 +115,14 @@ measure --out results/benchmark_dinov2.json --batch-sizes 2 --image-sizes 512x51
     --configs ${ade}-l_upernet_8xb2-160k_ade20k-512x512.py ${ade}-g_upernet_8xb2-160k_ade20k-512x512.py \
     --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full
 
-# What all methods cost, but for mixers.
+# What all methods cost.
 costing="frozen e3va full mona adapter lora $others"
-on_swin_l() {  # file, options
-    measure --out "results/$1.json" --batch-sizes 2 --tasks upernet --sizes l --steps 10 --warmup 3 \
-        --cfg-options optim_wrapper.constructor=MergedGroupsConstructor "${@:2}"
+merged=(--cfg-options optim_wrapper.constructor=MergedGroupsConstructor)
+on_swin_l() {  # file, task, images, options
+    measure --out "results/$1.json" --tasks "$2" --sizes l --batch-sizes "$3" --steps 10 --warmup 3 "${merged[@]}" "${@:4}"
 }
 # shellcheck disable=SC2086
-on_swin_l benchmark_methods --methods e3va+bf16 $costing
+on_swin_l benchmark_methods upernet 2 --methods e3va+bf16 $costing
 alone() {  # file, images, config, options
     measure --out "results/$1.json" --tasks --configs "$3" --data real --batch-sizes "$2" \
         --precisions amp-fp16 --steps 20 --warmup 5 "${@:4}"
@@ -134,23 +134,26 @@ for set in "16 $camvid" "8 $bccd" "8 $nuclei"; do
     # shellcheck disable=SC2086
     alone benchmark_small_sets $set --methods $costing
 done
-on_swin_l benchmark_mixers --repeats 2 --profile --methods e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1,+every6} \
-    e3va+bf16+mixer48x2 mona
-merged=(--cfg-options optim_wrapper.constructor=MergedGroupsConstructor)
-large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1,+graph1+kept})
-measure --out results/benchmark_mixers.json --profile --tasks retinanet --sizes l --batch-sizes 8 --steps 10 --warmup 3 \
-    "${merged[@]}" --methods "${large[@]}"
+on_swin_l benchmark_mixers upernet 2 --repeats 2 --profile --methods e3va+bf16 \
+    e3va+bf16+rank4+mixer96{,+graph1,+every6,+graph1+kept} e3va+bf16+mixer48x2 mona
+on_swin_l benchmark_mixers retinanet 8 --profile --methods e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1,+graph1+kept}
 mixers() { alone benchmark_mixers "$1" "$2" --profile --methods e3va $wide{,+kept,+graph1,+graph1+kept} "${@:3}" mona; }
-mixers 16 "$camvid" e3va+rank4+mixer96+every2
-mixers 8 "$bccd" e3va+rank4+mixer96x2 e3va+mixer48x2
-mixers 8 "$nuclei" e3va+rank4+mixer96x2 e3va+mixer48x2
+mixers 16 "$camvid" $wide+every2
+mixers 8 "$bccd" ${wide}x2 e3va+mixer48x2
+mixers 8 "$nuclei" ${wide}x2 e3va+mixer48x2
+
+# Steps in turn; the first method is the one that the others are compared with.
 steps() { run tools/benchmark_steps.py --out results/steps.json "$@"; }
-in_turn() { steps --tasks --configs "$2" --data real --batch-sizes "$1" --precisions amp-fp16 --steps "$3" --methods e3va \
-    $wide{,+kept,+graph1,+graph1+kept} "${@:4}" mona; }
-in_turn 16 "$camvid" 40 $wide+every2{,+kept}
-in_turn 8 "$bccd" 40
-in_turn 8 "$nuclei" 25
-large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+kept,+graph1,+graph1+kept})
+in_turn() {  # images, config, steps, more methods
+    # shellcheck disable=SC2086
+    steps --tasks --configs "$2" --data real --batch-sizes "$1" --precisions amp-fp16 --steps "$3" --methods e3va \
+        $wide{,+kept,+graph1,+graph1+kept} $costing \
+        e3va+{pca,mixing3,rank16,mixer,mixer96,mixer48x2,mixer48+every2,mixer48+every2+feedback} "${@:4}"
+}
+in_turn 8 "$bccd" 40 e3va+mixer64+every2 e3va+mixer48x2+feedback ${wide}x2
+in_turn 16 "$camvid" 40 $wide+every2{,+kept} e3va+mixer64+every2 e3va+rank4+mixer192
+in_turn 8 "$nuclei" 25 e3va+mixer48x2+feedback ${wide}x2
+large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+kept,+graph1,+graph1+kept} mona frozen full)
 steps --tasks upernet --sizes l --batch-sizes 2 --steps 30 "${merged[@]}" --methods "${large[@]}"
 steps --tasks retinanet --sizes l --batch-sizes 8 --steps 12 "${merged[@]}" --methods "${large[@]}"
 alone benchmark_groups 8 $bccd --cfg-options optim_wrapper.constructor=DefaultOptimWrapperConstructor \

@@ -209,10 +209,15 @@ def draw(rows: list[dict], folder: Path, prefix: str) -> list[Path]:
     return drawn
 
 
+def of_steps(rows: list[dict]) -> bool:
+    """Whether tools/benchmark_steps.py has measured them."""
+    return 'of_first' in rows[0]
+
+
 def report(path: str | Path) -> str:
     """All tables of a result file, as Markdown."""
     rows = load_rows(path)
-    if 'of_first' in rows[0]:
+    if of_steps(rows):
         return format_steps(rows)
     phases = format_phases([row for row in rows if row['batch_size']])
     return f'{format_tables(rows)}\n\nWhere the time of a step goes (ms):\n\n{phases}'
@@ -223,10 +228,10 @@ def main() -> None:
     parser.add_argument('results', help='JSON file from tools/benchmark.py')
     parser.add_argument('--plots', metavar='FOLDER', help='also draw plots into this folder')
     args = parser.parse_args()
-    print(report(args.results))
     rows = load_rows(args.results)
-    if args.plots and 'of_first' in rows[0]:
+    if args.plots and of_steps(rows):
         parser.error('--plots: there are none of tools/benchmark_steps.py')
+    print(report(args.results))
     if args.plots:
         for path in draw(rows, Path(args.plots), Path(args.results).stem):
             print(f'\n{path}')
