@@ -2,16 +2,20 @@
 """Compares how long methods take for a training step: in one process, a step of each in turn.
 
 Steps of small models wait for the processor, whose speed differs from process to process by more than the methods do.
-Measured is the ratio to the first method in the same round. Memory is measured by ``tools/benchmark.py``. What is in
-the file already is not measured again; ``tools/summarize_benchmark.py`` makes a table of it.
+Measured is the ratio to the first method in the same round. Each repeat has a process of its own. Memory is measured by
+``tools/benchmark.py``. What is in the file already is not measured again; ``tools/summarize_benchmark.py`` makes a
+table of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
 import random
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from benchmark import add_case_arguments, load, plan, save
@@ -29,25 +33,30 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    MMLogger.get_instance('benchmark', log_level='ERROR')
     args, started = parse_args(), time.monotonic()
     out, cases = Path(args.out), plan(args)
     content = load(out, cases)
     named = [{'name': name, **case} for name, case in cases.items()]
-    for group in group_rows(named, 'model', 'image_size', 'precision', 'batch_size').values():
-        if all(content['cases'][case['name']]['runs'] for case in group):
+    groups = group_rows(named, 'model', 'image_size', 'precision', 'batch_size').values()
+    for repeat, group in itertools.product(range(args.repeats), groups):
+        if all(len(content['cases'][case['name']]['runs']) > repeat for case in group):
             continue
         if time.monotonic() - started > args.time_limit:
             sys.exit('--time-limit is over; not all cases have been measured')
-        for case, run in zip(group, measure_in_turn(group)):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+            runs = pool.submit(measure_in_turn, group).result()
+        for case, run in zip(group, runs):
             content['cases'][case['name']]['runs'].append(run)
             content['cases'][case['name']].update(provenance(args.commit))
-            print(f'{case["name"]}: {1000 * run["step_seconds"]:.1f} ms, {run["of_first"]:.2f} of the first')
+            print(
+                f'{case["name"]}: {1000 * run["step_seconds"]:.1f} ms, {run["of_first"]:.2f} of the first', flush=True
+            )
         save(content, out)
 
 
 def measure_in_turn(cases: list[dict]) -> list[dict]:
     """Median and quartiles of each case's steps, and of their ratio to the first case's in the same round."""
+    MMLogger.get_instance('benchmark', log_level='ERROR')
     load_libraries(cases[0])
     benches = [Bench(case) for case in cases]
     for bench, case in zip(benches, cases):

@@ -150,9 +150,17 @@ in_turn() {  # images, config, steps, more methods
         $wide{,+kept,+graph1,+graph1+kept} $costing \
         e3va+{pca,mixing3,rank16,mixer,mixer96,mixer48x2,mixer48+every2,mixer48+every2+feedback} "${@:4}"
 }
+# The rows that the bound is about, three times.
+picked() {  # images, config, steps, more methods
+    steps --tasks --configs "$2" --data real --batch-sizes "$1" --precisions amp-fp16 --steps "$3" --repeats 3 \
+        --methods e3va $wide{,+kept,+graph1,+graph1+kept} "${@:4}" mona full
+}
 in_turn 8 "$bccd" 40 e3va+mixer64+every2 e3va+mixer48x2+feedback ${wide}x2
 in_turn 16 "$camvid" 40 $wide+every2{,+kept} e3va+mixer64+every2 e3va+rank4+mixer192
 in_turn 8 "$nuclei" 25 e3va+mixer48x2+feedback ${wide}x2
+picked 8 "$bccd" 40
+picked 16 "$camvid" 40 $wide+every2{,+kept}
+picked 8 "$nuclei" 25
 large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+kept,+graph1,+graph1+kept} mona frozen full)
 steps --tasks upernet --sizes l --batch-sizes 2 --steps 30 "${merged[@]}" --methods "${large[@]}"
 steps --tasks retinanet --sizes l --batch-sizes 8 --steps 12 "${merged[@]}" --methods "${large[@]}"
