@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from .adapters import cast_together
 
-_EPS = 1e-5  # as of nn.LayerNorm
-
 
 class MultiScaleDepthwise(nn.Module):
     """``x + mean_k conv_k(x)`` with depthwise convolutions of several (odd) sizes, (B, width, H, W) to the same shape.
@@ -60,13 +58,6 @@ def _rows(tensors: list[Tensor]) -> Tensor:
 
 def _depthwise(image: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(image, kernel, bias, padding=kernel.shape[-1] // 2, groups=len(bias))
-
-
-def _depthwise_gradients(grad: Tensor, image: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the image, the kernel and the bias."""
-    width, padding = len(kernel), kernel.shape[-1] // 2
-    settings = ([1, 1], [padding, padding], [1, 1], False, [0, 0], width)  # stride, padding, dilation, groups
-    return torch.ops.aten.convolution_backward(grad, image, kernel, [width], *settings, [True] * 3)
 
 
 def _places(size: int, largest: int) -> Tensor:
@@ -145,77 +136,11 @@ def mixer_weights(mixers: Sequence[StateMixer]) -> list[MixerWeights]:
 def mix(state: Tensor, size: tuple[int, int], weights: MixerWeights) -> Tensor:
     """What :class:`StateMixer` is, as a function of its weights."""
     with torch.autocast(state.device.type, enabled=False):
-        normed = F.layer_norm(state, state.shape[-1:], weights.norm_weight, weights.norm_bias, _EPS)
-        return _mix_normed(state, normed.to(weights.down.dtype), size, weights)[0]
-
-
-class KeptMix(torch.autograd.Function):
-    """:func:`mix`, with a backward pass that neither keeps all of its activations nor computes all of them again.
-
-    Kept are the result (as what reads it does), the normalised tokens and the image behind the convolution: a third of
-    what plain autograd keeps in half precision. The rest is cheap: the state is the result without what the mixer has
-    added. Norm and convolution, which on narrow stages are what is slow in a mixer, run once.
-    """
-
-    @staticmethod
-    def forward(ctx, state, size, *weights):
-        w = MixerWeights(*weights)
-        with torch.autocast(state.device.type, enabled=False):
-            normed, *moments = torch.native_layer_norm(state, state.shape[-1:], w.norm_weight, w.norm_bias, _EPS)
-            normed = normed.to(w.down.dtype)
-            result, filtered = _mix_normed(state, normed, size, w)
-        ctx.size = size
-        ctx.save_for_backward(result, normed, filtered, *moments, *weights)
-        return result
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        result, normed, filtered, mean, rstd, *weights = ctx.saved_tensors
-        w = MixerWeights(*weights)
-        with torch.autocast(grad.device.type, enabled=False):
-            active = F.gelu(filtered)
-            state = result - _expand(active, w)
-            grad_added = grad.to(w.up.dtype)
-            up = _linear_gradients(grad_added, _tokens(active))
-            grad_filtered = torch.ops.aten.gelu_backward(_image(grad_added @ w.up, ctx.size), filtered)
-            grad_image, *kernel = _depthwise_gradients(grad_filtered, _reduce(normed, ctx.size, w), w.kernel)
-            grad_reduced = _tokens(grad_image)
-            down = _linear_gradients(grad_reduced, normed)
-            grad_normed = (grad_reduced @ w.down).to(state.dtype)
-            grad_state, *norm = torch.ops.aten.native_layer_norm_backward(
-                grad_normed, state, state.shape[-1:], mean, rstd, w.norm_weight, w.norm_bias, [True] * 3
-            )
-        # In the order of MixerWeights.
-        return grad_state.add_(grad), None, *norm, *kernel, *down, *up
-
-
-def _mix_normed(state: Tensor, normed: Tensor, size: tuple[int, int], weights: MixerWeights) -> tuple[Tensor, Tensor]:
-    """The mixed state, and the image behind the convolution."""
-    filtered = _depthwise(_reduce(normed, size, weights), weights.kernel, weights.kernel_bias)
-    return (state + _expand(F.gelu(filtered), weights)).to(state.dtype), filtered
-
-
-def _reduce(normed: Tensor, size: tuple[int, int], weights: MixerWeights) -> Tensor:
-    return _image(F.linear(normed, weights.down, weights.down_bias), size)
-
-
-def _expand(image: Tensor, weights: MixerWeights) -> Tensor:
-    return F.linear(_tokens(image), weights.up, weights.up_bias)
-
-
-def _image(tokens: Tensor, size: tuple[int, int]) -> Tensor:
-    return tokens.transpose(1, 2).unflatten(2, size)
-
-
-def _tokens(image: Tensor) -> Tensor:
-    return image.flatten(2).transpose(1, 2)
-
-
-def _linear_gradients(grad: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the weight and the bias of a linear layer that has read ``tokens``."""
-    grad, tokens = grad.flatten(0, 1), tokens.flatten(0, 1)
-    return grad.t() @ tokens, grad.sum(0)
+        normed = F.layer_norm(state, state.shape[-1:], weights.norm_weight, weights.norm_bias)
+        reduced = F.linear(normed.to(weights.down.dtype), weights.down, weights.down_bias)
+        image = reduced.transpose(1, 2).unflatten(2, size)
+        active = F.gelu(_depthwise(image, weights.kernel, weights.kernel_bias)).flatten(2).transpose(1, 2)
+        return (state + F.linear(active, weights.up, weights.up_bias)).to(state.dtype)
 
 
 def build_mixers(embed_dims: int, depth: int = 1, **options) -> nn.ModuleList:

@@ -63,7 +63,6 @@ def _can_be_entered(name):
             if _can_be_entered(name)
         ),
         pytest.param(swin(), dict(IN_GRAPH, feedback=True), id='both'),
-        pytest.param(swin(), dict(IN_GRAPH, mixer=dict(width=4, depth=2, every=1, recompute=False)), id='kept'),
     ],
 )
 def test_equals_its_definition(backbone, options):

@@ -6,7 +6,7 @@ from conftest import ROOT, e3va, images, saved_bytes, stir, swin
 from mmengine.registry import MODELS
 
 from e3va_mm.backbones import e3va as e3va_module
-from e3va_mm.mixer import KeptMix, StateMixer, mix, mixer_weights
+from e3va_mm.mixer import StateMixer
 
 
 def test_equals_its_definition_a_channel_at_a_time():
@@ -43,9 +43,8 @@ def test_mixed_state_goes_on_to_the_next_stage():
     assert all(not torch.allclose(one, other) for one, other in zip(before, model(images())))
 
 
-@pytest.mark.parametrize('recompute', [True, False])
-def test_gradients_are_those_of_plain_autograd(recompute, monkeypatch):
-    model = stir(e3va(mixer=dict(width=4, depth=2, recompute=recompute))).double()
+def test_gradients_are_those_of_plain_autograd(monkeypatch):
+    model = stir(e3va(mixer=dict(width=4, depth=2))).double()
 
     def gradients():
         model.zero_grad()
@@ -53,50 +52,19 @@ def test_gradients_are_those_of_plain_autograd(recompute, monkeypatch):
         return [parameter.grad for parameter in model.adapter_parameters().values()]
 
     fast = gradients()
-    model.recompute_mixers = True
     monkeypatch.setattr(e3va_module.Recomputed, 'apply', lambda function, limit, state, *parameters: function(state))
     for one, other in zip(fast, gradients()):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
-def test_kept_mixers_are_the_same(dtype):
-    """Outputs and all gradients; in half precision, the weights and the bottleneck are, the state is not."""
-    torch.manual_seed(0)
-    mixer, state = stir(StateMixer(5, width=3)), torch.randn(2, 12, 5)
-    if dtype == torch.float64:
-        mixer, state = mixer.double(), state.double()
-
-    def results(function):
-        mixer.zero_grad()
-        leaf = state.clone().requires_grad_()
-        with torch.autocast('cpu', dtype, enabled=dtype == torch.bfloat16):
-            (weights,) = mixer_weights([mixer])
-            output = function(leaf, weights)
-        output.square().sum().backward()
-        return [output, leaf.grad, *(parameter.grad for parameter in mixer.parameters())]
-
-    plain = results(lambda leaf, weights: mix(leaf, (3, 4), weights))
-    kept = results(lambda leaf, weights: KeptMix.apply(leaf, (3, 4), *weights))
-    for one, other in zip(plain, kept):
-        assert one.dtype == other.dtype and one.shape == other.shape
-        assert (one - other).norm() <= (1e-9 if dtype == torch.float64 else 0.02) * one.norm()
-
-
-def test_what_mixers_keep_for_the_backward_pass():
-    """By default, kernels of one size, whatever the images; else what comes out of norms and convolutions."""
-    width, sizes = 8, ((64, 64), (128, 96))
-    added = [2 * (128 * 96 - 64 * 64) // stride**2 for stride in (4, 8, 16, 32)]  # tokens of two images
-
-    def growth(**options):
-        small, large = (saved_bytes(e3va(**options), images(size)) for size in sizes)
-        return large - small
-
-    plain, dims = growth(), e3va().taps.embed_dims
-    assert growth(feedback=True) == growth(mixer=dict()) == growth(mixer=dict(depth=2), feedback=True) == plain
-    # Values of fp32 a token; two more are the norm's moments.
-    kept = sum(4 * tokens * (C + width + 2) for tokens, C in zip(added, dims))
-    assert growth(mixer=dict(width=width, recompute=False)) == plain + kept
+def test_keeps_no_activations_for_the_backward_pass():
+    """Its kernels of one size are kept, whatever the images: nothing that grows with them."""
+    options = ({}, dict(feedback=True), dict(mixer=dict()), dict(mixer=dict(depth=2), feedback=True))
+    models = [e3va(**option) for option in options]
+    plain, feedback, *mixed = ([saved_bytes(model, images(size)) for size in ((64, 64), (128, 96))] for model in models)
+    assert feedback == plain
+    for small, large in mixed:
+        assert small - plain[0] == large - plain[1] < 100_000
 
 
 def test_is_the_same_in_half_precision():

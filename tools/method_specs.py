@@ -26,7 +26,6 @@ OPTIONS = {
     'recomputed': dict(recompute_taps=True),
     'pca': dict(adapter=dict(basis='pca')),
     'mixer': dict(mixer=dict(width=32)),
-    'kept': dict(mixer=dict(recompute=False)),
     'feedback': dict(feedback=True),
     'kaiming': dict(init='kaiming'),
     'compiled': dict(compile_frozen=True),

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..highway import Recomputed, StageHighway
-from ..mixer import KeptMix, MixerWeights, build_mixers, mix, mixer_weights
+from ..mixer import MixerWeights, build_mixers, mix, mixer_weights
 from ..tap_record import TapStorage
 from ..taps import Size, StageStart
 from .base import FrozenBackbone, parse_dtype
@@ -23,7 +23,7 @@ _SAVED_DTYPES = {
     'float8_e4m3fn': getattr(torch, 'float8_e4m3fn', None),
 }
 _ADAPTER_OPTIONS = ('rank', 'branches', 'hidden_ratio', 'basis', 'mixing')
-_MIXER_OPTIONS = ('width', 'kernel_sizes', 'depth', 'every', 'recompute')
+_MIXER_OPTIONS = ('width', 'kernel_sizes', 'depth', 'every')
 
 
 class Segment(NamedTuple):
@@ -67,8 +67,7 @@ class E3VABackbone(FrozenBackbone):
         mixer: an extension of the paper: at the end of each stage with taps the highway's state goes through ``depth``
             (1) bottlenecks of ``width`` (32) with depthwise convolutions of ``kernel_sizes`` ((3, 5, 7)), see
             :class:`~e3va_mm.mixer.StateMixer`; with ``every`` (None) also within a stage, behind that many blocks.
-            ``dict()`` takes the defaults; None has none. The backward pass computes them again; ``recompute=False``
-            keeps their normalised tokens and mixed images in its place, for stages outside of the graph.
+            ``dict()`` takes the defaults; None has none.
         feedback: an extension of the paper: where the state is mixed (without mixers, at the end of each stage), the
             frozen blocks behind go on from the highway's state, so that they read adapted tokens. The gradient still
             leaves the blocks out: it takes what they add to be constant. The frozen forward then depends on the
@@ -102,7 +101,7 @@ class E3VABackbone(FrozenBackbone):
     ) -> None:
         _check_option_names('adapter', adapter, _ADAPTER_OPTIONS)
         _check_option_names('mixer', mixer, _MIXER_OPTIONS)
-        mixer, every, self.recompute_mixers = _split_mixer(mixer)
+        mixer, every = _split_mixer(mixer)
         if taps and (recompute_taps or compile_frozen or feedback or every):
             options = 'recompute_taps, compile_frozen, feedback and mixer.every'
             raise ValueError(f'{options} need a listed family, not taps from the config')
@@ -248,7 +247,7 @@ class E3VABackbone(FrozenBackbone):
         def finish(state: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
             if segment.in_graph:
                 state = self.taps.run_blocks(segment.stage, state, size, segment.blocks)
-            for weights in again:
+            for weights in mixers:
                 state = mix(state, size, weights)
             output = None if norm is None else self._output(norm, state, dtype, size)
             carried = state if next_size else None
@@ -256,14 +255,9 @@ class E3VABackbone(FrozenBackbone):
                 carried = self.taps.carry(segment.stage, state, size, next_size)
             return output, carried, state.detach() if next_size and goes_on else None
 
-        state, again = _add(tokens, offset), mixers
-        if not (self.recompute_mixers or segment.in_graph):
-            again = []
-            for weights in mixers:
-                state = KeptMix.apply(state, size, *weights)
         # Mixers, output norm and downsampling are cheap and start from the same state, so one copy of it serves all.
-        parameters = (*itertools.chain(*again), *(() if norm is None else norm.parameters()))
-        output, carried, mixed = Recomputed.apply(finish, self.state_dtype, state, *parameters)
+        parameters = (*itertools.chain(*mixers), *(() if norm is None else norm.parameters()))
+        output, carried, mixed = Recomputed.apply(finish, self.state_dtype, _add(tokens, offset), *parameters)
         return output, carried, None if mixed is None else mixed.detach()
 
     def _output(self, norm: nn.Module, state: Tensor, dtype: torch.dtype, size: Size) -> Tensor:
@@ -285,15 +279,12 @@ def _segments(block_taps: list[list[int]], every: int | None, graph_stages: int)
     return segments
 
 
-def _split_mixer(mixer: dict | None) -> tuple[dict | None, int | None, bool]:
-    """The options of a mixer, the number of blocks between mixers, and whether they are computed again."""
-    options = dict(mixer or {})
-    every, recompute = options.pop('every', None), options.pop('recompute', True)
+def _split_mixer(mixer: dict | None) -> tuple[dict | None, int | None]:
+    """The options of a mixer, and the number of blocks between mixers."""
+    every = (mixer or {}).get('every')
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ValueError(f'mixer.every must be None or an integer of at least 1, got {every!r}')
-    if not isinstance(recompute, bool):
-        raise ValueError(f'mixer.recompute must be True or False, got {recompute!r}')
-    return None if mixer is None else options, every, recompute
+    return None if mixer is None else {name: value for name, value in mixer.items() if name != 'every'}, every
 
 
 def _under_this_autocast(run: Callable, device: str) -> Callable[[Callable[[Tensor], None]], None]:
