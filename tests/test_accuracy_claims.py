@@ -6,10 +6,11 @@ import textwrap
 import pytest
 from conftest import ROOT, page, result_file
 from held_out import ranked_rates
-from method_specs import cfg_options, without_rates
+from method_specs import cfg_options
 from mmengine.config import Config
 from summarize import group_runs, peak_memory, values_of
-from update_docs import PICKED, PICKED_LIGHT, costs_of_plain, nine_seeds
+from summarize_benchmark import load_rows
+from update_docs import LIGHT, PICKED, SEQUENTIAL, lead, more_seeds
 
 
 def test_demo():
@@ -85,77 +86,77 @@ def test_the_picked_variants(small_sets):
 
 
 def test_variants_without_a_block_in_the_graph(small_sets):
-    text, means = page('docs/methods.md'), small_sets.means
-    camvid, bccd, nuclei = small_sets.behind_mona(PICKED_LIGHT)
-    readme = (
-        f'{camvid:.1f} points behind Mona on CamVid with mixers also within the stages, {bccd:.1f} behind on BCCD and'
-    )
-    assert f'{readme} {-nuclei:.1f} ahead on nuclei' in page('README.md')
-    assert f'for segmentation, {camvid:.1f} points behind Mona, and' in text
-    assert f'for detectors, {bccd:.1f} behind on BCCD and {-nuclei:.1f} ahead on nuclei' in text
+    text, readme, means = page('docs/methods.md'), page('README.md'), small_sets.means
+    camvid, bccd, nuclei = small_sets.behind_mona(LIGHT)
+    assert f'is {camvid:.1f} points behind Mona on CamVid, {bccd:.1f} behind on BCCD and {-nuclei:.1f} ahead' in readme
+    assert f'near Mona: {camvid:.1f} points behind on CamVid, and with' in text
+    assert f'with `rate10` {bccd:.1f} behind on BCCD and {-nuclei:.1f} ahead on nuclei' in text
     to_mona = {name: {m: of[m] - of['mona'] for m in of} for name, of in means.items()}
-    assert f'is {-to_mona["camvid"]["e3va+rank4+mixer96"]:.1f} points behind Mona on CamVid' in text
+    assert f'for segmentation, {-to_mona["camvid"]["e3va+rank4+mixer96+every2"]:.1f} points behind Mona' in text
     bccd, nuclei = (to_mona[name]['e3va+rank4+mixer96x2+rate10'] for name in ('bccd', 'nuclei'))
-    assert f'{-bccd:.1f} points behind on BCCD and {nuclei:.1f} ahead on nuclei' in text
+    assert f'for detectors, {-bccd:.1f} points behind on BCCD and {nuclei:.1f} ahead on nuclei' in text
+    for of in means.values():
+        assert max(SEQUENTIAL, key=of.get) == 'mona'
+    assert f'and {-to_mona["camvid"][PICKED[0]]:.2f} points are missing' in text
+    assert f'which is {-to_mona["camvid"]["e3va+rank4+mixer192"]:.1f} points behind' in text
 
 
 @pytest.fixture(scope='module')
-def more_seeds():
-    """``{data set: {method: {seed: metric}}}`` of the methods with more seeds than three."""
-    groups = group_runs(nine_seeds(result_file('small_sets'), result_file('more_seeds')))
-    return {
-        name: {method: {run['seed']: values_of(name, [run])[0] for run in runs} for method, runs in methods.items()}
-        for name, methods in groups.items()
-    }
+def seeds():
+    """The runs of the methods with more seeds than three, by data set and method."""
+    return group_runs(more_seeds(result_file('small_sets'), result_file('more_seeds')))
 
 
-def lead_over(values, method, other):
-    """Mean lead over the seeds that both have, and its standard error."""
-    leads = [values[method][seed] - values[other][seed] for seed in values[method].keys() & values[other].keys()]
-    return f'{statistics.mean(leads):.1f} ± {statistics.stdev(leads) / len(leads) ** 0.5:.1f}'
+def lead_over(seeds, name, method, other):
+    return '{:.1f} ± {:.1f}'.format(*lead(name, seeds[name][method], seeds[name][other]))
 
 
-def test_more_seeds(more_seeds):
-    counts = sorted(len(of) for methods in more_seeds.values() for of in methods.values())
-    assert counts == [7, 8] + [9] * (len(counts) - 2)
-    camvid, nuclei = more_seeds['camvid'], more_seeds['nuclei']
-    picked, full = lead_over(camvid, 'mona', PICKED[0]), lead_over(camvid, 'full', 'mona')
-    light, ahead = lead_over(camvid, PICKED_LIGHT[0], 'mona'), lead_over(nuclei, PICKED[1], 'mona')
+def test_more_seeds(seeds):
+    assert {len(runs) for methods in seeds.values() for runs in methods.values()} == {9}
+    camvid, bccd = (lead_over(seeds, name, 'mona', method) for name, method in zip(('camvid', 'bccd'), PICKED))
+    nuclei = lead_over(seeds, 'nuclei', PICKED[1], 'mona')
     text = ' '.join(page('docs/methods.md').split())
-    assert f'the pick is {picked} points behind Mona on CamVid, and {ahead} ahead on nuclei' in text
-    assert f'without a block in the graph is {light} ahead on CamVid' in text
-    assert f'Full fine-tuning is {full} ahead of Mona on CamVid' in text
-    bccd = lead_over(more_seeds['bccd'], 'mona', PICKED[1])
-    claim = f'level on CamVid ({picked} behind), {bccd} behind on BCCD, and {ahead} ahead on nuclei'
-    assert claim in ' '.join(page('README.md').split())
+    assert f'full fine-tuning is {lead_over(seeds, "camvid", "full", "mona")} ahead of Mona on CamVid' in text
+    assert f'that on BCCD is {bccd}' in text
+    assert f'pick is {lead_over(seeds, "nuclei", PICKED[1], "full")} ahead of full fine-tuning' in text
+    ((name, folds),) = group_runs(result_file('folds')).items()
+    on_folds = '{:.1f} ± {:.1f}'.format(*lead(name, folds['mona'], folds[PICKED[1]]))
+    assert f'level with Mona ({on_folds} behind' in text
+    claim = (
+        f'level on CamVid ({camvid} behind), {bccd} behind on BCCD ({on_folds} on five folds of its training images)'
+    )
+    assert f'{claim}, and {nuclei} ahead on nuclei' in ' '.join(page('README.md').split())
 
 
-def test_nine_seeds_of_bccd(more_seeds):
-    bccd = more_seeds['bccd']
-
-    def lead(method, other):
-        return lead_over(bccd, method, other)
-
+def test_nine_seeds_of_bccd(seeds):
     text, picked = page('docs/methods.md'), PICKED[1]
-    mona, full = (lead(method, picked) for method in ('mona', 'full'))
-    assert f'full fine-tuning are {mona} and {full} points ahead of the pick' in text
-    assert abs(statistics.mean(bccd[picked].values()) - statistics.mean(bccd['adapter'].values())) < 0.2
-    assert f'{lead(picked, PICKED_LIGHT[1])} ahead of what is picked without a block in the graph' in text
-    assert f'and {lead(picked, "e3va")} ahead of E³VA' in text
-    spreads = [statistics.stdev(of.values()) for of in bccd.values()]
+    mona, full = (lead_over(seeds, 'bccd', method, picked) for method in ('mona', 'full'))
+    text = ' '.join(text.split())
+    assert f'Mona and full fine-tuning are {mona} and {full} points ahead of the pick' in text
+    values = {method: values_of('bccd', runs) for method, runs in seeds['bccd'].items()}
+    assert abs(statistics.mean(values[picked]) - statistics.mean(values['adapter'])) < 0.2
+    assert f'{lead_over(seeds, "bccd", picked, LIGHT[1])} ahead of `rank4+mixer96+rate10`' in text
+    assert f'and {lead_over(seeds, "bccd", picked, "e3va")} ahead of E³VA' in text
+    spreads = [statistics.stdev(of) for of in values.values()]
     assert f'differ by {min(spreads):.1f} to {max(spreads):.1f} points (standard deviation)' in text
 
 
 def test_folds():
     ((name, methods),) = group_runs(result_file('folds')).items()
-    values = {method: {run['fold']: values_of(name, [run])[0] for run in runs} for method, runs in methods.items()}
-    assert all(set(of) == set(range(5)) for of in values.values()) and len(values) == 13
-    means = {method: statistics.mean(of.values()) for method, of in values.items()}
-    variants = [method for method in means if method != 'mona']
-    assert max(variants, key=means.get) == PICKED[1] and means[PICKED[1]] > means[PICKED_LIGHT[1]] + 0.4
-    assert max(means, key=means.get) == 'mona'
-    failed = {method for method, of in values.items() if min(of.values()) < 1}
-    assert failed == {f'e3va+rank4+mixer96+{option}+rate10' for option in ('feedback', 'graph2')}
+    means, failed = {}, set()
+    for method, runs in methods.items():
+        for rate in {run['learning_rate'] for run in runs}:
+            own = [run for run in runs if run['learning_rate'] == rate]
+            assert sorted(run['fold'] for run in own) == sorted(list(range(5)) * (len(own) // 5))
+            values = values_of(name, own)
+            means[method, rate] = statistics.mean(values)
+            failed.update({(method, rate)} if min(values) < 1 else ())
+    variants = [key for key in means if key[0] != 'mona']
+    assert len(variants) == 16 and len(methods['mona']) == len(methods[PICKED[1]]) == 15
+    assert max(variants, key=means.get) == (PICKED[1], 1e-3) and means[PICKED[1], 1e-3] > means[LIGHT[1], 1e-3] + 0.4
+    assert max(means, key=means.get)[0] == 'mona'
+    wide = 'e3va+rank4+mixer96+'
+    assert failed == {(f'{wide}feedback+rate10', 1e-3), (f'{wide}graph2+rate10', 1e-3), (f'{wide}graph1+rate3', 3e-3)}
 
 
 def test_the_picked_variants_against_light_methods(small_sets):
@@ -253,27 +254,29 @@ def held_out():
     return HeldOut()
 
 
-def kernel_time(method: str, *datasets: str) -> float:
-    """What a variant's kernels take of E³VA's time, the most of the data sets."""
-    costs = costs_of_plain(ROOT / 'results/benchmark_mixers.json').items()
-    own = [of for (model, other), of in costs if other == without_rates(method) and any(d in model for d in datasets)]
-    return max(of.kernel_time for of in own)
-
-
 def test_held_out_choice_of_variants(held_out):
     """The best mean of three seeds, the detectors' over both sets."""
     camvid, bccd, nuclei = held_out.means.values()
     assert [len(of) for of in held_out.variants.values()] == [13, 18, 18]
-    choices = (
-        ({m: camvid[m] for m in held_out.variants['camvid']}, 'camvid'),
-        ({m: bccd[m] + nuclei[m] for m in held_out.variants['bccd']}, 'bccd', 'nuclei'),
-    )
-    for picked, light, (scores, *datasets) in zip(PICKED, PICKED_LIGHT, choices):
-        assert max(scores, key=scores.get) == picked
-        better = [m for m in scores if scores[m] > scores[light] and 'graph' not in m]
-        assert all(kernel_time(m, *datasets) > 1.15 for m in better) and kernel_time(light, *datasets) <= 1.15
-    rest = {m: score for m, score in scores.items() if 'graph' not in m}
-    assert max(rest, key=rest.get) == 'e3va+rank4+mixer96x2+rate10'
+    segmentation = {m: camvid[m] for m in held_out.variants['camvid']}
+    detectors = {m: bccd[m] + nuclei[m] for m in held_out.variants['bccd']}
+    for scores, *choices in (
+        (segmentation, PICKED[0], 'e3va+rank4+mixer96+every2'),
+        (detectors, PICKED[1], 'e3va+rank4+mixer96x2+rate10'),
+    ):
+        assert max(scores, key=scores.get) == choices[0]
+        assert max((m for m in scores if 'graph' not in m), key=scores.get) == choices[1]
+    steps = {(row['model'], row['method']): row['of_first'] for row in load_rows(ROOT / 'results/steps.json')}
+    camvid_steps = {method: step for (model, method), step in steps.items() if 'camvid' in model}
+    within = [m for m in segmentation if camvid_steps.get(m, 2) <= 1.15]
+    assert max(within, key=segmentation.get) == 'e3va+rank4+mixer192' and LIGHT[0] in within
+    detector_steps = [
+        next(step for (model, method), step in steps.items() if name in model and method == 'e3va+rank4+mixer96x2')
+        for name in ('bccd', 'nuclei')
+    ]
+    text = ' '.join(page('docs/methods.md').split())
+    assert f"step takes {camvid_steps['e3va+rank4+mixer96+every2']:.2f} of E³VA's" in text
+    assert 'at {:.2f} and {:.2f}. One mixer a stage'.format(*detector_steps) in text
 
 
 def test_what_held_out_bccd_decides(held_out):

@@ -135,9 +135,9 @@ for set in "16 $camvid" "8 $bccd" "8 $nuclei"; do
     alone benchmark_small_sets $set --methods $costing
 done
 on_swin_l benchmark_mixers upernet 2 --repeats 2 --profile --methods e3va+bf16 \
-    e3va+bf16+rank4+mixer96{,+graph1,+every6,+graph1+kept} e3va+bf16+mixer48x2 mona
-on_swin_l benchmark_mixers retinanet 8 --profile --methods e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1,+graph1+kept}
-mixers() { alone benchmark_mixers "$1" "$2" --profile --methods e3va $wide{,+kept,+graph1,+graph1+kept} "${@:3}" mona; }
+    e3va+bf16+rank4+mixer96{,+graph1,+every6} e3va+bf16+mixer48x2 mona
+on_swin_l benchmark_mixers retinanet 8 --profile --methods e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1}
+mixers() { alone benchmark_mixers "$1" "$2" --profile --methods e3va $wide{,+graph1} "${@:3}" mona; }
 mixers 16 "$camvid" $wide+every2
 mixers 8 "$bccd" ${wide}x2 e3va+mixer48x2
 mixers 8 "$nuclei" ${wide}x2 e3va+mixer48x2
@@ -147,21 +147,21 @@ steps() { run tools/benchmark_steps.py --out results/steps.json "$@"; }
 in_turn() {  # images, config, steps, more methods
     # shellcheck disable=SC2086
     steps --tasks --configs "$2" --data real --batch-sizes "$1" --precisions amp-fp16 --steps "$3" --methods e3va \
-        $wide{,+kept,+graph1,+graph1+kept} $costing \
+        $wide{,+graph1} $costing \
         e3va+{pca,mixing3,rank16,mixer,mixer96,mixer48x2,mixer48+every2,mixer48+every2+feedback} "${@:4}"
 }
 # The rows that the bound is about, three times.
 picked() {  # images, config, steps, more methods
     steps --tasks --configs "$2" --data real --batch-sizes "$1" --precisions amp-fp16 --steps "$3" --repeats 3 \
-        --methods e3va $wide{,+kept,+graph1,+graph1+kept} "${@:4}" mona full
+        --methods e3va $wide{,+graph1} "${@:4}" mona full
 }
 in_turn 8 "$bccd" 40 e3va+mixer64+every2 e3va+mixer48x2+feedback ${wide}x2
-in_turn 16 "$camvid" 40 $wide+every2{,+kept} e3va+mixer64+every2 e3va+rank4+mixer192
+in_turn 16 "$camvid" 40 $wide+every2 e3va+mixer64+every2 e3va+rank4+mixer192
 in_turn 8 "$nuclei" 25 e3va+mixer48x2+feedback ${wide}x2
 picked 8 "$bccd" 40
-picked 16 "$camvid" 40 $wide+every2{,+kept}
+picked 16 "$camvid" 40 $wide+every2
 picked 8 "$nuclei" 25
-large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+kept,+graph1,+graph1+kept} mona frozen full)
+large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1} mona frozen full)
 steps --tasks upernet --sizes l --batch-sizes 2 --steps 30 "${merged[@]}" --methods "${large[@]}"
 steps --tasks retinanet --sizes l --batch-sizes 8 --steps 12 "${merged[@]}" --methods "${large[@]}"
 alone benchmark_groups 8 $bccd --cfg-options optim_wrapper.constructor=DefaultOptimWrapperConstructor \

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from typing import NamedTuple
 import demo
 import summarize
 from experiments import ROOT
+from method_specs import without_rates
 from summarize_benchmark import draw, format_table, group_rows, load_rows, report
 
-# The variants of E³VA that held-out images pick, for segmentation and for detectors: of all, and of those that have no
-# block of the backbone in the graph and whose kernels take at most 1.15 of E³VA's time.
+# The variants of E³VA that held-out images pick, for segmentation and for detectors, and their likes without a block of
+# the backbone in the graph.
 PICKED = ('e3va+rank4+mixer96+graph1', 'e3va+rank4+mixer96+graph1+rate10')
-PICKED_LIGHT = ('e3va+rank4+mixer96+every2', 'e3va+rank4+mixer96+rate10')
+LIGHT = ('e3va+rank4+mixer96', 'e3va+rank4+mixer96+rate10')
+SEQUENTIAL = ('adapter', 'lora', 'mona')
 # Columns and rows of the README's overview; the rows are methods at batch 8 with fp32 heads.
 OVERVIEW_MODELS = {
     'upernet swin-l': 'UPerNet Swin-L, 512²',
@@ -55,7 +58,7 @@ RATIOS = [
 
 
 def _picked(content: dict) -> dict:
-    return summarize.without_variants(content, PICKED + PICKED_LIGHT)
+    return summarize.without_variants(content, PICKED + LIGHT)
 
 
 def _of_content(make: Callable[[dict], str]) -> Callable[[Path], str]:
@@ -68,21 +71,55 @@ _accuracy = _of_content(summarize.summarize)
 _pivot = _of_content(lambda content: summarize.pivot(_picked(content)))
 
 
-def _accuracy_and_step(path: Path, benchmark: Path) -> str:
-    """The table of runs that shared a device, with the steps of their methods measured alone."""
-    rows = {(summarize.dataset_of(row['config']), row['method']): row['step_seconds'] for row in load_rows(benchmark)}
-    return summarize.summarize(json.loads(path.read_text()), alone=rows)
+def _steps(path: Path) -> dict[tuple[str, str], dict]:
+    """The rows of tools/benchmark_steps.py on real data, by data set and method."""
+    rows = (row for row in load_rows(path) if row['data'] == 'real')
+    return {(summarize.dataset_of(row['config']), row['method']): row for row in rows}
 
 
-def nine_seeds(*contents: dict) -> dict:
+def _accuracy_and_step(path: Path, steps: Path) -> str:
+    """The table of runs that shared a device, with the steps of their methods measured in turn."""
+    seconds = {key: row['step_seconds'] for key, row in _steps(steps).items()}
+    return summarize.summarize(json.loads(path.read_text()), alone=seconds)
+
+
+def more_seeds(*contents: dict) -> dict:
     """The runs of the methods that have more seeds than three on a data set."""
     runs = {name: run for content in contents for name, run in content['runs'].items()}
     more = {(run['config'], run['method']) for run in runs.values() if run['seed'] > 2}
     return {'runs': {name: run for name, run in runs.items() if (run['config'], run['method']) in more}}
 
 
-def _nine_seeds(*paths: Path) -> str:
-    return summarize.summarize(nine_seeds(*(json.loads(path.read_text()) for path in paths)))
+def _more_seeds(*paths: Path) -> str:
+    return summarize.summarize(more_seeds(*(json.loads(path.read_text()) for path in paths)))
+
+
+def lead(dataset: str, runs: list[dict], others: list[dict]) -> tuple[float, float]:
+    """The mean lead over others on the same seeds and folds, and its standard error."""
+    own, other = (
+        {(run['seed'], run.get('fold')): summarize.values_of(dataset, [run])[0] for run in group}
+        for group in (runs, others)
+    )
+    leads = [own[key] - other[key] for key in own.keys() & other.keys()]
+    return statistics.mean(leads), statistics.stdev(leads) / len(leads) ** 0.5
+
+
+def format_target(small_sets: Path, more: Path, steps: Path) -> str:
+    """What is asked of variants: the lead over the best sequential method, memory and step."""
+    contents = [json.loads(path.read_text()) for path in (small_sets, more)]
+    three, nine = summarize.group_runs(contents[0]), summarize.group_runs(more_seeds(*contents))
+    lines = ['| data set | variant | lead, 3 seeds | lead, 9 seeds | memory | step |', '|---' * 6 + '|']
+    for dataset, methods in three.items():
+        best = max(SEQUENTIAL, key=lambda method: statistics.mean(summarize.values_of(dataset, methods[method])))
+        for method in filter(methods.__contains__, LIGHT + PICKED):
+            memory = summarize.peak_memory(methods[method]) / summarize.peak_memory(methods['e3va'])
+            step = _steps(steps)[dataset, without_rates(method)]['of_first']
+            leads = (
+                '{:+.1f} ± {:.1f}'.format(*lead(dataset, of[dataset][method], of[dataset][best]))
+                for of in (three, nine)
+            )
+            lines.append(f'| {dataset} | {method} | ' + ' | '.join(leads) + f' | {memory:.2f} | {step:.2f} |')
+    return '\n'.join(lines)
 
 
 def _dinov2(path: Path) -> str:
@@ -159,8 +196,9 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'performance table', format_overview, ('benchmark_gpu',)),
     ('README.md', 'dinov2 table', _dinov2, ('benchmark_dinov2',)),
     ('README.md', 'results table', _pivot, ('small_sets',)),
-    ('docs/methods.md', 'small sets', _accuracy_and_step, ('small_sets', 'benchmark_small_sets')),
-    ('docs/methods.md', 'nine seeds', _nine_seeds, ('small_sets', 'more_seeds')),
+    ('docs/methods.md', 'small sets', _accuracy_and_step, ('small_sets', 'steps')),
+    ('docs/methods.md', 'target', format_target, ('small_sets', 'more_seeds', 'steps')),
+    ('docs/methods.md', 'more seeds', _more_seeds, ('small_sets', 'more_seeds')),
     ('docs/methods.md', 'folds', _accuracy, ('folds',)),
     ('docs/methods.md', 'shapes methods', _accuracy, ('shapes_methods_cpu',)),
     ('docs/methods.md', 'camvid cpu', _accuracy, ('camvid_cpu',)),
