@@ -279,6 +279,19 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, monkeypatch):
     assert done == ['good.py']
 
 
+def test_a_folder_of_other_settings_is_not_taken_for_the_run(tmp_path, monkeypatch):
+    def call_tool(tool, log, variables):
+        (log.parent / 'run_report.json').write_text('{}')
+
+    monkeypatch.setattr(experiments, 'call_tool', call_tool)
+    run = experiments.Run('a.py', 'e3va', cfg_options=('train_cfg.max_iters=300',))
+    assert experiments.run_all([run], tmp_path) == experiments.run_all([run], tmp_path)
+    for name in ('result.json', 'settings.json'):  # a run that has ended, and one that was interrupted
+        with pytest.raises(RuntimeError, match=r"cfg_options=\['train_cfg.max_iters=300'\], not \[\]: use another"):
+            experiments.run_all([run._replace(cfg_options=())], tmp_path)
+        (tmp_path / run.name / name).unlink()
+
+
 @pytest.mark.parametrize(
     ('visible', 'count', 'expected'),
     [('', 2, ['0', '1', '0']), ('5,7', 2, ['5', '7', '5']), ('', 1, [None] * 3), ('', 0, [None] * 3)],

@@ -3,8 +3,8 @@
 
 Steps of small models wait for the processor, whose speed differs from process to process by more than the methods do.
 Measured is the ratio to the first method in the same round. Each repeat has a process of its own. Memory is measured by
-``tools/benchmark.py``. What is in the file already is not measured again; ``tools/summarize_benchmark.py`` makes a
-table of it.
+``tools/benchmark.py``. A model all of whose methods are in the file is not measured again;
+``tools/summarize_benchmark.py`` makes a table of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_case_arguments(parser)
     parser.set_defaults(memory_cap=None, profile=False)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if 'largest' in args.batch_sizes:
+        parser.error("--batch-sizes: 'largest' differs from method to method, whose steps are compared at one size")
+    return args
 
 
 def main() -> None:
@@ -55,7 +58,11 @@ def main() -> None:
 
 
 def measure_in_turn(cases: list[dict]) -> list[dict]:
-    """Median and quartiles of each case's steps, and of their ratio to the first case's in the same round."""
+    """Median and quartiles of each case's steps (seconds), and of their ratio to the first case's in the same round.
+
+    Args:
+        cases: of one model, image size, precision and batch size, see :func:`benchmark.plan`.
+    """
     MMLogger.get_instance('benchmark', log_level='ERROR')
     load_libraries(cases[0])
     benches = [Bench(case) for case in cases]

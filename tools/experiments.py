@@ -66,7 +66,8 @@ def run_all(
         ``{run.name: result}``; a result holds the ``report`` of ResourceReportHook.
 
     Raises:
-        RuntimeError: once all have run, if a tool failed; the message holds the ends of their logs.
+        RuntimeError: once all have run, if a tool failed (the message holds the ends of their logs), or if a folder is
+            that of a run with other settings.
     """
     started, failures = time.monotonic(), []
     # Every process would otherwise start a thread on every core.
@@ -81,7 +82,7 @@ def run_all(
         variables = slots.get()
         try:
             result = run_one(run, work_dir / run.name, variables)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             failures.append(str(error))
             return {}
         finally:
@@ -108,28 +109,36 @@ def run_one(run: Run, work_dir: Path, variables: dict[str, str] | None = None) -
 
     Args:
         variables: set in the environment of the training.
+
+    Raises:
+        ValueError: ``work_dir`` is that of a run with other settings.
     """
-    result = work_dir / 'result.json'
+    result, started = work_dir / 'result.json', work_dir / 'settings.json'
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in run._asdict().items()}
+    for path in filter(Path.is_file, (started, result)):
+        _check_settings(work_dir, json.loads(path.read_text()), settings)
     if result.is_file():
         return json.loads(result.read_text())
     work_dir.mkdir(parents=True, exist_ok=True)
+    started.write_text(json.dumps(settings, indent=2))
     command = ['tools/train.py', run.config, '--work-dir', str(work_dir), '--resume', *run.train_args]
     options = [f'randomness.seed={run.seed}', *run.cfg_options]
     if run.learning_rate is not None:
         options.append(f'optim_wrapper.optimizer.lr={run.learning_rate:g}')
     call_tool([*command, '--cfg-options', *options], work_dir / 'train.log', variables)
-    content = {
-        'config': run.config,
-        'method': run.method,
-        'seed': run.seed,
-        'train_args': list(run.train_args),
-        'cfg_options': list(run.cfg_options),
-        'learning_rate': run.learning_rate,
-        **({} if run.fold is None else {'fold': run.fold}),
-        'report': json.loads((work_dir / 'run_report.json').read_text()),
-    }
+    if run.fold is None:
+        del settings['fold']
+    content = {**settings, 'report': json.loads((work_dir / 'run_report.json').read_text())}
     result.write_text(json.dumps(content, indent=2))
     return content
+
+
+def _check_settings(work_dir: Path, found: dict, settings: dict) -> None:
+    """Another schedule or other data do not change a run's name, and its results are not this one's."""
+    for name, value in settings.items():
+        if found.get(name) != value:
+            advice = 'use another --work-dir, or delete it'
+            raise ValueError(f'{work_dir} has a run with {name}={found.get(name)!r}, not {value!r}: {advice}')
 
 
 @functools.cache

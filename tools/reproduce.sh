@@ -28,8 +28,8 @@ train() { run tools/run_grid.py --jobs "${JOBS:-12}" --cfg-options train_dataloa
 measure() { run tools/benchmark.py --jobs 3 --steps 5 --warmup 2 "$@"; }
 rates() { train --train-args amp --held-out --schedule 0.5 --work-dir work_dirs/rates --out results/rates.json "$@"; }
 
-# All methods on the small sets: those that E3VA is to be level with come first. Three rates each, and two more seeds for
-# the better two; CamVid's rates are one step higher, since its best was the highest of the others' three for every method.
+# All methods on the small sets: those that E3VA is to be level with come first. Three rates each, and on BCCD two more
+# seeds for the better two; CamVid's rates are one step higher, since its best was the highest of the others' three for every method.
 compared='frozen e3va full mona adapter lora e3va+mixer e3va+mixer48x2 e3va+mixer48+every2'
 compared+=' e3va+mixer48x2+rate3 e3va+mixer48+every2+rate3 e3va+mixer48x2+feedback+rate3 e3va+mixer48+every2+feedback'
 others='bitfit normtuning partial adaptformer lorand lst dtl'
@@ -40,7 +40,7 @@ for methods in "$compared" "$others" "$adapters"; do
     # shellcheck disable=SC2086
     rates --seeds 0 --datasets camvid --learning-rates 1e-3 3e-3 1e-2 --methods $methods
     # shellcheck disable=SC2086
-    rates --seeds 1 2 --rates-from results/rates.json --candidates 2 --methods $methods
+    rates --seeds 1 2 --datasets bccd --rates-from results/rates.json --candidates 2 --methods $methods
     # shellcheck disable=SC2086
     train --train-args amp --rates-from results/rates.json --out results/small_sets.json --methods $methods
 done
