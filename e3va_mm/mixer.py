@@ -1,7 +1,7 @@
 """Spatial mixing of the highway's state: an extension of the paper, whose adapters see one token each.
 
 The kernels of several sizes are those of Mona (arXiv 2408.08345). Mona mixes inside the backbone, behind every residual
-addition, and pays with a graph through all blocks; here the mixing is on the highway, once a stage.
+addition, and pays with a graph through all blocks; here the mixing is on the highway, once a stage by default.
 """
 
 from __future__ import annotations
@@ -94,12 +94,7 @@ class StateMixer(nn.Module):
         super().__init__()
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f'mixer.width must be an integer of at least 1, got {width!r}')
-        if (
-            not isinstance(kernel_sizes, Sequence)
-            or not kernel_sizes
-            or any(not _is_odd(size) for size in kernel_sizes)
-        ):
-            raise ValueError(f'mixer.kernel_sizes must be a list of odd integers, got {kernel_sizes!r}')
+        check_kernel_sizes('mixer.kernel_sizes', kernel_sizes)
         self.norm = nn.LayerNorm(embed_dims)
         self.down = nn.Linear(embed_dims, width)
         self.filter = MultiScaleDepthwise(width, kernel_sizes)
@@ -154,5 +149,8 @@ def build_mixers(embed_dims: int, depth: int = 1, **options) -> nn.ModuleList:
     return nn.ModuleList(StateMixer(embed_dims, **options) for _ in range(depth))
 
 
-def _is_odd(size) -> bool:
-    return isinstance(size, int) and size > 0 and size % 2 == 1
+def check_kernel_sizes(option: str, sizes) -> None:
+    """Raises a ValueError that names the option unless ``sizes`` is a list of odd integers above 0."""
+    are_odd = isinstance(sizes, Sequence) and all(isinstance(size, int) and size > 0 and size % 2 for size in sizes)
+    if not are_odd or not sizes:
+        raise ValueError(f'{option} must be a list of odd integers, got {sizes!r}')

@@ -1,6 +1,7 @@
 """Comparison methods: counts and names, equality with the frozen backbone at the start, gradients, checkpoints."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -69,6 +70,7 @@ def test_every_method_is_tested():
         (dict(type='Mona'), 3_667_456),
         # 18 maps of 2 * 4 * 512 and 2 of 2 * 4 * 1024.
         (dict(type='DTL'), 90_112),
+        (dict(type='LST'), 2_485_648),
     ],
     ids=lambda value: value['type'] if isinstance(value, dict) else str(value),
 )
@@ -112,6 +114,18 @@ def test_exact_names():
     assert names('Partial') == {name for name in every if name.startswith('stages.3.blocks.1.')}
     parts = ('down.weight', 'down.bias', 'up.weight', 'up.bias')
     assert names('Adapter') == {f'method.inserted.{index}.{part}' for index in range(16) for part in parts}
+    assert names('AdaptFormer') == names('Adapter')
+    factors = ('down_in', 'core', 'down_out', 'down_bias', 'up_in', 'up_out', 'up_bias')
+    assert names('LoRand') == {f'method.inserted.{index}.{factor}' for index in range(16) for factor in factors}
+    layers = ('norm', 'bottleneck.down', 'bottleneck.up', 'pointwise', *(f'filter.convs.{index}' for index in range(3)))
+    parts = ('norm_scale', 'skip_scale', *(f'{layer}.{kind}' for layer in layers for kind in ('weight', 'bias')))
+    assert names('Mona') == {f'method.inserted.{index}.{part}' for index in range(16) for part in parts}
+    maps = itertools.product((0, 1), (0, 1), (0, 1))  # of the last two stages' blocks, two factors each
+    assert names('DTL') == {f'method.stages.{stage}.maps.{block}.{factor}.weight' for stage, block, factor in maps}
+    side_network = tuned(dict(type='LST', reduction=4)).method
+    assert names('LST') == {f'method.{name}' for name, _ in side_network.named_parameters()}
+    loha = ('hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b')
+    assert names('PEFT') == {f'{block}.attn.w_msa.qkv.{factor}.default' for block in BLOCKS for factor in loha}
     kinds = ('lora_A', 'lora_B')
     sites = ('qkv', 'proj')
     assert names('LoRA') == {
@@ -199,7 +213,8 @@ def test_training_and_testing_by_the_tools(seg_config, tmp_path, method):
     assert not [key for key in state if key.endswith('qkv.base_layer.weight') or key.endswith('qkv.weight')]
 
 
-def test_merging_by_the_tool(seg_config, tmp_path):
+@pytest.mark.parametrize('frozen_dtype', [None, 'bfloat16'])
+def test_merging_by_the_tool(frozen_dtype, seg_config, tmp_path):
     pytest.importorskip('peft')
     config = tuned_config(seg_config, tmp_path / 'lora.py', dict(type='LoRA', r=2))
     init_default_scope('mmseg')
@@ -208,13 +223,26 @@ def test_merging_by_the_tool(seg_config, tmp_path):
     model.init_weights()
     stir(model.backbone)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'lora.pth')
-    tool('tools/merge.py', tmp_path / 'lora.py', tmp_path / 'lora.pth', tmp_path / 'merged.pth')
+    paths = tmp_path / 'lora.py', tmp_path / 'lora.pth', tmp_path / 'merged.pth'
+    tool('tools/merge.py', *paths, '--cfg-options', f'model.backbone.frozen_dtype={frozen_dtype}')
     config.model.backbone = config.model.backbone.backbone
     stock = MODELS.build(config.model)
     stock.load_state_dict(torch.load(tmp_path / 'merged.pth')['state_dict'])
     images = torch.randn(1, 3, 64, 64)
     pairs = zip(stock.eval().extract_feat(images), model.eval().extract_feat(images))
     assert all(torch.allclose(output, expected, atol=1e-5) for output, expected in pairs)
+
+
+@pytest.mark.parametrize('targets', [r'stages\.\d\..*\.qkv', 'all-linear'])
+def test_targets_as_peft_takes_them(targets):
+    model = tuned(dict(type='LoRA', r=2, target_modules=targets))
+    assert any('qkv.lora_A' in name for name in trained_names(model))
+    assert any('layers.1.lora_A' in name for name in trained_names(model)) == (targets == 'all-linear')
+
+
+def test_rounded_weights_are_not_merged():
+    with pytest.raises(ValueError, match='frozen_dtype=torch.bfloat16 would round the updates away'):
+        tuned(dict(type='LoRA', r=2), frozen_dtype='bfloat16').merge()
 
 
 def test_only_peft_can_be_merged():
@@ -255,11 +283,16 @@ def test_full_is_in_train_mode_and_the_others_are_not():
         (dict(type='Adapter', widht=4), r"unknown option \['widht'\].*known are \['width'\]"),
         (dict(type='Adapter', width=0), 'method.width must be an integer of at least 1, got 0'),
         (dict(type='Partial', num_blocks=9), 'num_blocks=9, but the backbone has 8 blocks'),
-        (dict(type='Mona', kernel_sizes=(2, 3)), 'kernel_sizes must be odd'),
+        *(
+            (dict(type='Mona', kernel_sizes=sizes), 'method.kernel_sizes must be a list of odd integers, got')
+            for sizes in ((2, 3), 3, (2.5,), (-3,), ())
+        ),
+        (dict(type='PEFT', r=2), r"method={'type': 'PEFT', 'r': 2} lacks \['peft_type'\]"),
         (dict(type='LoRA', rank=8), 'peft does not take method=.*rank'),
         (dict(type='PEFT', peft_type='LORE'), 'peft does not take method=.*LORE'),
         (dict(type='PEFT', peft_type='LOHA'), 'peft does not take method=.*LOHA.*target_modules'),
         (dict(type='LoRA', target_modules=['qvk']), 'peft does not take method=.*qvk'),
+        (dict(type='DTL', kernel_size=4), r'method.kernel_size must be .* odd integers, got \[4\]'),
         (dict(type='DTL', first_stage=4), r'first_stage must be one of \[0, 1, 2, 3\], got 4'),
         (dict(type='DTL', num_fed_blocks=2), 'leaves stage 2 without a fed block'),
         (dict(type='LST', reduction=8), 'can not have the .* heads'),

@@ -216,9 +216,19 @@ def test_comparison_methods(backbone):
         assert any(parameter.requires_grad for parameter in model.parameters()) == (method['type'] != 'Frozen')
 
 
+@every_family
+def test_no_norm_of_bitfit_has_its_stock_backward(backbone):
+    """CUDA's fails where the bias is trained and the weight is not."""
+    for name, module in tuned(backbone, dict(type='BitFit')).backbone.named_modules():
+        if isinstance(module, torch.nn.LayerNorm) and module.bias is not None:
+            assert type(module).__name__.endswith('WithFreeBias') and not module.weight.requires_grad, name
+
+
 def test_lora_where_it_would_do_nothing():
-    with pytest.raises(ValueError, match=r"target_modules has \['qkv'\], but SwinTransformerV2 uses"):
+    with pytest.raises(ValueError, match=r"target_modules has \['qkv'\], but this backbone uses"):
         tuned(timm_features('swinv2_base_window12_192'), dict(type='LoRA'))
+    with pytest.raises(ValueError, match=r"target_modules has \['qkv'\]"):
+        tuned(timm_features('swinv2_base_window12_192'), dict(type='LoRA', target_modules=r'.*\.qkv'))
     tuned(timm_features('swinv2_base_window12_192'), dict(type='LoRA', target_modules=['proj']))
 
 

@@ -30,6 +30,8 @@ def main() -> None:
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options or {})
     init_default_scope(config.default_scope)
+    # In half precision, the weights would round most of the update away.
+    config.model.backbone.pop('frozen_dtype', None)
     model = MODELS.build(config.model)
     if not isinstance(model.backbone, TunedBackbone):
         raise ValueError(f'{args.config} has a {type(model.backbone).__name__}; only a TunedBackbone can be merged')

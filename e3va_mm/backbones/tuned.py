@@ -63,8 +63,10 @@ class TunedBackbone(FrozenBackbone):
         """The stock backbone with the method's updates folded into its weights; changes this module.
 
         Raises:
-            ValueError: the method is none of peft's.
+            ValueError: the method is none of peft's, or ``frozen_dtype`` has rounded the weights.
         """
         if not isinstance(self.method, PEFT):
             raise ValueError(f'method {type(self.method).__name__} can not be merged, only LoRA and PEFT can')
+        if self.frozen_dtype:
+            raise ValueError(f'frozen_dtype={self.frozen_dtype} would round the updates away: merge without it')
         return merge(self.backbone)

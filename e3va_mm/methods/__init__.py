@@ -25,8 +25,8 @@ def build_method(taps: SwinTaps, config: dict) -> Method:
     """Builds ``dict(type=..., **options)`` on a backbone.
 
     Raises:
-        ValueError: the type or an option is unknown, an option is outside its range, or the method is not defined for
-            the backbone.
+        ValueError: the type or an option is unknown, an option is missing or outside its range, or the method is not
+            defined for the backbone.
     """
     options = dict(config)
     cls = METHODS.get(options.pop('type', None))
@@ -40,4 +40,7 @@ def build_method(taps: SwinTaps, config: dict) -> Method:
     unknown = sorted(set(options) - set(known))
     if unknown and not takes_any:
         raise ValueError(f'unknown option {unknown} in method={dict(config)}; known are {known}')
+    missing = [p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD and p.name not in options]
+    if missing:
+        raise ValueError(f'method={dict(config)} lacks {missing}')
     return cls(taps, **options)

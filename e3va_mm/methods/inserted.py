@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..highway import StageHighway
-from ..mixer import MultiScaleDepthwise
+from ..mixer import MultiScaleDepthwise, check_kernel_sizes
 from ..taps import BlockSites, Size, SwinTaps
 from .base import Method, check_positive
 
@@ -170,8 +170,7 @@ class Mona(Method):
     def __init__(self, taps: SwinTaps, width: int = 64, kernel_sizes: tuple[int, ...] = (3, 5, 7)) -> None:
         super().__init__(taps)
         check_positive('width', width)
-        if not kernel_sizes or any(size % 2 == 0 for size in kernel_sizes):
-            raise ValueError(f'method.kernel_sizes must be odd numbers, got {kernel_sizes!r}')
+        check_kernel_sizes('method.kernel_sizes', kernel_sizes)
         self.inserted = nn.ModuleList()
         for sites in taps.blocks():
             pair = [_MonaAdapter(sites.embed_dims, width, kernel_sizes) for _ in range(2)]

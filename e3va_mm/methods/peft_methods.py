@@ -17,8 +17,9 @@ class PEFT(Method):
 
     Args:
         peft_type: 'LORA', 'LOHA', 'LOKR', 'IA3', 'OFT', ... as peft names them.
-        **options: of peft's config class of that type; ``target_modules`` are names of the backbone's layers: in a
-            Swin ``qkv`` and ``proj`` for attention, ``layers.0.0`` and ``layers.1`` for the MLP.
+        **options: of peft's config class of that type; ``target_modules`` are names of the backbone's layers (in a
+            Swin ``qkv`` and ``proj`` for attention, ``layers.0.0`` and ``layers.1`` for the MLP), a regular expression
+            for their full names, or 'all-linear'.
 
     Raises:
         ImportError: peft is not installed.
@@ -29,18 +30,19 @@ class PEFT(Method):
         super().__init__(taps)
         self.given = dict(peft_type=peft_type, **options)
         stages = getattr(taps, 'stages', None)
-        bypassed = set(stages.bypassed if stages else ()) & set(options.get('target_modules') or ())
-        if bypassed:
-            raise ValueError(
-                f'method.target_modules has {sorted(bypassed)}, but {type(stages.model).__name__} uses the weights of '
-                'these layers without calling them: what peft injects there would have no effect'
-            )
+        self._bypassed = set(stages.bypassed if stages else ())
         with self._refusals():
             self.config = _import_peft().get_peft_config(dict(self.given))
 
     def inject(self, backbone: nn.Module) -> None:
         with self._refusals():
             _import_peft().inject_adapter_in_model(copy.deepcopy(self.config), backbone)
+        targets = {name.rpartition('.')[2] for name, _ in _tuned_layers(backbone)} & self._bypassed
+        if targets:
+            raise ValueError(
+                f'method.target_modules has {sorted(targets)}, but this backbone uses the weights of these layers '
+                'without calling them: what peft injects there would have no effect'
+            )
 
     def trained_names(self, backbone: nn.Module) -> set[str]:
         # peft has frozen all that it does not train.
@@ -63,14 +65,14 @@ class LoRA(PEFT):
     Args:
         r: rank.
         lora_alpha: the update is scaled by ``lora_alpha / r``; default: ``r``.
-        target_modules: names of the layers.
+        target_modules: see :class:`PEFT`.
         **options: of ``peft.LoraConfig``, e.g. ``use_dora=True``.
     """
 
     def __init__(
         self, taps: SwinTaps, r: int = 42, lora_alpha: float | None = None, target_modules=('qkv', 'proj'), **options
     ) -> None:
-        targets = list(target_modules)
+        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         super().__init__(
             taps, 'LORA', r=r, lora_alpha=r if lora_alpha is None else lora_alpha, target_modules=targets, **options
         )
@@ -78,14 +80,18 @@ class LoRA(PEFT):
 
 def merge(backbone: nn.Module) -> nn.Module:
     """Folds what peft injected into the base weights, in place, and unwraps the layers."""
+    for name, module in _tuned_layers(backbone):
+        module.merge()
+        parent, _, child = name.rpartition('.')
+        setattr(backbone.get_submodule(parent), child, module.get_base_layer())
+    return backbone
+
+
+def _tuned_layers(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What peft has put around layers, by their names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in list(backbone.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-            parent, _, child = name.rpartition('.')
-            setattr(backbone.get_submodule(parent), child, module.get_base_layer())
-    return backbone
+    return [(name, module) for name, module in backbone.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _import_peft():

@@ -34,8 +34,10 @@ class BitFit(Method):
     def __init__(self, taps: SwinTaps) -> None:
         super().__init__(taps)
         for module in taps.backbone.modules():
-            if type(module) is nn.LayerNorm and module.bias is not None:
-                module.__class__ = _LayerNormWithFreeBias
+            # Those of timm have the names of torch's and of torchvision's.
+            free = _WITH_FREE_BIAS.get(type(module).__name__)
+            if free and isinstance(module, nn.LayerNorm) and module.bias is not None:
+                module.__class__ = free
 
     def trained_names(self, backbone: nn.Module) -> set[str]:
         return {name for name, _ in backbone.named_parameters() if 'bias' in name.rpartition('.')[2]}
@@ -46,6 +48,16 @@ class _LayerNormWithFreeBias(nn.LayerNorm):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.layer_norm(tokens, self.normalized_shape, self.weight, None, self.eps) + self.bias
+
+
+class _LayerNorm2dWithFreeBias(_LayerNormWithFreeBias):
+    """The same over the channels of (B, C, H, W)."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+_WITH_FREE_BIAS = {'LayerNorm': _LayerNormWithFreeBias, 'LayerNorm2d': _LayerNorm2dWithFreeBias}
 
 
 class NormTuning(Method):

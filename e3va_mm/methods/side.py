@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..mixer import check_kernel_sizes
 from ..taps import BlockSites, Size, SwinTaps
 from .base import Method, check_positive
 
@@ -111,6 +112,8 @@ class DTL(Method):
         super().__init__(taps)
         check_positive('rank', rank)
         check_positive('num_fed_blocks', num_fed_blocks)
+        if kernel_size:
+            check_kernel_sizes('method.kernel_size', [kernel_size])
         stages: dict[int, list[BlockSites]] = {}
         for sites in taps.blocks():
             stages.setdefault(sites.stage, []).append(sites)
