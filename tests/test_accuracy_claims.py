@@ -1,13 +1,10 @@
 """What the pages say of accuracy is what the result files say."""
 
 import statistics
-import textwrap
 
 import pytest
 from conftest import ROOT, page, result_file
 from held_out import ranked_rates
-from method_specs import cfg_options
-from mmengine.config import Config
 from summarize import group_runs, peak_memory, values_of
 from summarize_benchmark import load_rows
 from update_docs import LIGHT, PICKED, SEQUENTIAL, lead, more_seeds
@@ -170,17 +167,6 @@ def test_the_picked_variants_against_light_methods(small_sets):
     behind = small_sets.behind_mona()
     memory = f'for {min(of_mona)} to {max(of_mona)} of its memory'
     assert f'is {min(behind):.1f} to {max(behind):.1f} points behind it {memory}' in text
-
-
-@pytest.mark.parametrize('number', [0, 1], ids=['segmentation', 'detection'])
-def test_the_configs_of_the_picked_variants(number):
-    blocks = [block for block in (ROOT / 'docs/methods.md').read_text().split('```') if 'graph_stages=1' in block]
-    lines = [block for block in blocks if block.startswith('python')][number]
-    options = [option.split('=') for option in cfg_options(PICKED[number]) if 'frozen_dtype' not in option]
-    expected = Config()
-    expected.merge_from_dict({key: int(value) for key, value in options})
-    shown = Config.fromstring(textwrap.dedent(lines.removeprefix('python')), '.py')
-    assert shown.to_dict() == expected.to_dict()
 
 
 def test_what_is_said_of_other_methods(small_sets):

@@ -25,7 +25,7 @@ METRICS = {
     'shapes-96x96': ('mIoU', 1),
     'shapes': ('coco/bbox_mAP', 100),
 }
-NAMES = {'frozen': 'frozen', 'e3va': 'E³VA', 'full': 'full'}
+NAMES = {'e3va': 'E³VA'}
 # Twelve that are told apart when printed; E³VA and its variants have them again, filled with grey.
 MARKERS = 'osD^vP*<>dpX'
 

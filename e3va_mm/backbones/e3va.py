@@ -20,7 +20,7 @@ from .base import FrozenBackbone, parse_dtype
 _SAVED_DTYPES = {
     None: None,
     'bfloat16': torch.bfloat16,
-    'float8_e4m3fn': getattr(torch, 'float8_e4m3fn', None),
+    'float8_e4m3fn': torch.float8_e4m3fn,
 }
 _ADAPTER_OPTIONS = ('rank', 'branches', 'hidden_ratio', 'basis', 'mixing')
 _MIXER_OPTIONS = ('width', 'kernel_sizes', 'depth', 'every')
@@ -107,7 +107,7 @@ class E3VABackbone(FrozenBackbone):
             raise ValueError(f'{options} need a listed family, not taps from the config')
         super().__init__(backbone, frozen_dtype, init_cfg, compile_frozen, taps)
         # Layer scales and norms widen a tap to fp32 behind a matrix that was computed in less.
-        kept_dtype = _parse_saved_dtype(saved_dtype) or self.frozen_dtype
+        kept_dtype = parse_dtype('saved_dtype', saved_dtype, _SAVED_DTYPES) or self.frozen_dtype
         storage = TapStorage(kept_dtype, _parse_fraction(saved_fraction), recompute_taps)
         # The state's rounding reaches the gradients of all earlier stages: 8 bits would be too few.
         self.state_dtype = torch.bfloat16 if saved_dtype else None
@@ -155,7 +155,7 @@ class E3VABackbone(FrozenBackbone):
         Returns:
             One (B, C_s, H_s, W_s) a stage in ``out_indices``, in the stock backbone's dtype (fp32 with a
             ``frozen_dtype``).
-            Gradient flows to the highway and the output norms alone.
+            Gradient flows to highway, mixers and output norms alone, with ``graph_stages`` through the last blocks.
         """
         with self.frozen_forward(images):
             with torch.no_grad():
@@ -310,13 +310,6 @@ def _check_option_names(name: str, given: dict | None, known: tuple[str, ...]) -
     unknown = sorted(set(given or {}) - set(known))
     if unknown:
         raise ValueError(f'unknown option {unknown} in {name}={dict(given)}; known are {list(known)}')
-
-
-def _parse_saved_dtype(saved_dtype: str | None) -> torch.dtype | None:
-    dtype = parse_dtype('saved_dtype', saved_dtype, _SAVED_DTYPES)
-    if saved_dtype and dtype is None:
-        raise ValueError(f'saved_dtype={saved_dtype!r} needs torch 2.1 or newer, this is {torch.__version__}')
-    return dtype
 
 
 def _parse_fraction(fraction: float) -> float:
