@@ -303,6 +303,11 @@ def test_bad_methods(method, message):
         tuned(method)
 
 
+def test_a_method_that_is_no_dict():
+    with pytest.raises(ValueError, match="method must be dict\\(type=...\\) .* got 'Mona'"):
+        MODELS.build(dict(type='TunedBackbone', backbone=swin(), method='Mona'))
+
+
 def test_lora_without_peft(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'peft', None)
     with pytest.raises(ImportError, match=r"pip install 'e3va_mm\[peft\]'"):

@@ -28,10 +28,10 @@ def build_method(taps: SwinTaps, config: dict) -> Method:
         ValueError: the type or an option is unknown, an option is missing or outside its range, or the method is not
             defined for the backbone.
     """
-    options = dict(config)
+    options = dict(config) if isinstance(config, dict) else {}
     cls = METHODS.get(options.pop('type', None))
     if cls is None:
-        raise ValueError(f'method must be dict(type=...) with a type of {list(METHODS)}, got {dict(config)}')
+        raise ValueError(f'method must be dict(type=...) with a type of {list(METHODS)}, got {config!r}')
     if cls.swin_only and not isinstance(taps, SwinTaps):
         raise ValueError(f'{cls.__name__} is defined for SwinTransformer only, not for {type(taps.backbone).__name__}')
     parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
