@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .adapters import AdapterWeights, BottleneckWeights, stage_delta
+from .checks import check_count
 from .tap_record import EXACT, TapRecord, TapStorage, stored_dtype
 
 INITS = ('zero', 'kaiming')
@@ -190,8 +191,7 @@ class Recomputed(torch.autograd.Function):
 def check_adapter_options(rank, branches, hidden_ratio, init, basis, mixing) -> None:
     """Raises a ValueError that names the first option outside its range."""
     for name, value in (('rank', rank), ('branches', branches)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f'adapter.{name} must be an integer of at least 1, got {value!r}')
+        check_count(f'adapter.{name}', value)
     if isinstance(hidden_ratio, bool) or not isinstance(hidden_ratio, (int, float)) or hidden_ratio <= 0:
         raise ValueError(f'adapter.hidden_ratio must be a number above 0, got {hidden_ratio!r}')
     if init not in INITS:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import cast_together
+from .checks import check_count, check_kernel_sizes
 
 
 class MultiScaleDepthwise(nn.Module):
@@ -92,8 +93,7 @@ class StateMixer(nn.Module):
 
     def __init__(self, embed_dims: int, width: int = 32, kernel_sizes: Sequence[int] = (3, 5, 7)) -> None:
         super().__init__()
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ValueError(f'mixer.width must be an integer of at least 1, got {width!r}')
+        check_count('mixer.width', width)
         check_kernel_sizes('mixer.kernel_sizes', kernel_sizes)
         self.norm = nn.LayerNorm(embed_dims)
         self.down = nn.Linear(embed_dims, width)
@@ -144,13 +144,5 @@ def build_mixers(embed_dims: int, depth: int = 1, **options) -> nn.ModuleList:
     Raises:
         ValueError: an option outside its range.
     """
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise ValueError(f'mixer.depth must be an integer of at least 1, got {depth!r}')
+    check_count('mixer.depth', depth)
     return nn.ModuleList(StateMixer(embed_dims, **options) for _ in range(depth))
-
-
-def check_kernel_sizes(option: str, sizes) -> None:
-    """Raises a ValueError that names the option unless ``sizes`` is a list of odd integers above 0."""
-    are_odd = isinstance(sizes, Sequence) and all(isinstance(size, int) and size > 0 and size % 2 for size in sizes)
-    if not are_odd or not sizes:
-        raise ValueError(f'{option} must be a list of odd integers, got {sizes!r}')

@@ -6,8 +6,7 @@ import pytest
 from conftest import ROOT, page, result_file
 from held_out import ranked_rates
 from summarize import group_runs, peak_memory, values_of
-from summarize_benchmark import load_rows
-from update_docs import LIGHT, PICKED, SEQUENTIAL, lead, more_seeds
+from update_docs import LIGHT, PICKED, SEQUENTIAL, lead, more_seeds, steps_of
 
 
 def test_demo():
@@ -112,7 +111,7 @@ def test_more_seeds(seeds):
     assert {len(runs) for methods in seeds.values() for runs in methods.values()} == {9}
     camvid, bccd = (lead_over(seeds, name, 'mona', method) for name, method in zip(('camvid', 'bccd'), PICKED))
     nuclei = lead_over(seeds, 'nuclei', PICKED[1], 'mona')
-    text = ' '.join(page('docs/methods.md').split())
+    text = page('docs/methods.md')
     assert f'full fine-tuning is {lead_over(seeds, "camvid", "full", "mona")} ahead of Mona on CamVid' in text
     assert f'the pick is {camvid} behind on CamVid and {nuclei} ahead on nuclei, and {bccd} behind on BCCD' in text
     assert f'pick is {lead_over(seeds, "nuclei", PICKED[1], "full")} ahead of full fine-tuning' in text
@@ -122,13 +121,12 @@ def test_more_seeds(seeds):
     claim = (
         f'level on CamVid ({camvid} behind), {bccd} behind on BCCD ({on_folds} on five folds of its training images)'
     )
-    assert f'{claim}, and {nuclei} ahead on nuclei' in ' '.join(page('README.md').split())
+    assert f'{claim}, and {nuclei} ahead on nuclei' in page('README.md')
 
 
 def test_nine_seeds_of_bccd(seeds):
     text, picked = page('docs/methods.md'), PICKED[1]
     mona, full = (lead_over(seeds, 'bccd', method, picked) for method in ('mona', 'full'))
-    text = ' '.join(text.split())
     assert f'Mona and full fine-tuning are {mona} and {full} points ahead of the pick' in text
     values = {method: values_of('bccd', runs) for method, runs in seeds['bccd'].items()}
     assert abs(statistics.mean(values[picked]) - statistics.mean(values['adapter'])) < 0.2
@@ -252,16 +250,12 @@ def test_held_out_choice_of_variants(held_out):
     ):
         assert max(scores, key=scores.get) == choices[0]
         assert max((m for m in scores if 'graph' not in m), key=scores.get) == choices[1]
-    steps = {(row['model'], row['method']): row['of_first'] for row in load_rows(ROOT / 'results/steps.json')}
-    camvid_steps = {method: step for (model, method), step in steps.items() if 'camvid' in model}
-    within = [m for m in segmentation if camvid_steps.get(m, 2) <= 1.15]
+    steps = {key: row['of_first'] for key, row in steps_of(ROOT / 'results/steps.json').items()}
+    within = [m for m in segmentation if steps.get(('camvid', m), 2) <= 1.15]
     assert max(within, key=segmentation.get) == 'e3va+rank4+mixer192' and LIGHT[0] in within
-    detector_steps = [
-        next(step for (model, method), step in steps.items() if name in model and method == 'e3va+rank4+mixer96x2')
-        for name in ('bccd', 'nuclei')
-    ]
-    text = ' '.join(page('docs/methods.md').split())
-    assert f"step takes {camvid_steps['e3va+rank4+mixer96+every2']:.2f} of E³VA's" in text
+    detector_steps = [steps[name, 'e3va+rank4+mixer96x2'] for name in ('bccd', 'nuclei')]
+    text = page('docs/methods.md')
+    assert f"step takes {steps['camvid', 'e3va+rank4+mixer96+every2']:.2f} of E³VA's" in text
     assert 'at {:.2f} and {:.2f}. One mixer a stage'.format(*detector_steps) in text
 
 

@@ -2,7 +2,7 @@
 
 from conftest import ROOT, page
 from summarize_benchmark import load_rows
-from update_docs import OVERVIEW_MODELS, costs_of_plain
+from update_docs import OVERVIEW_MODELS, costs_of_plain, steps_of
 
 
 def performance(name: str) -> tuple[str, list[dict]]:
@@ -88,30 +88,27 @@ def test_what_mixers_cost_on_a_gpu():
     bounds = [bound for values in (memory, *graph) for bound in (min(values), max(values))]
     claim = "for {:.2f} to {:.2f} of E³VA's memory the kernels take {:.2f} to {:.2f} of its time"
     claim += ' in place of {:.2f} to {:.2f}'
-    assert claim.format(*bounds) in ' '.join(text.split())
+    assert claim.format(*bounds) in text
     plain = [row for row in rows if row['method'] in ('e3va', 'e3va+bf16') and row['model'] != 'retinanet swin-l']
     waits = (f'{row["step_seconds"] / row["kernel_seconds"]:.1f}' for row in plain)
     assert 'with E³VA {} times as long with Swin-L, {} on CamVid, {} and {} with the detectors'.format(*waits) in text
 
 
 def test_steps_in_turn():
-    text, rows = performance('steps')
-    steps = {(row['model'], row['method']): row['of_first'] for row in rows if row['data'] == 'real'}
-    kernels = costs_of_plain(ROOT / 'results/benchmark_mixers.json')
+    steps = {key: row['of_first'] for key, row in steps_of(ROOT / 'results/steps.json').items()}
 
-    def span(name):
-        values = [value for (_, method), value in steps.items() if method == name]
-        assert len(values) == 3
+    def span(method):
+        values = [steps[dataset, method] for dataset in ('camvid', 'bccd', 'nuclei')]
         return f'{min(values):.2f} to {max(values):.2f}'
 
-    readme, picked = ' '.join(page('README.md').split()), 'e3va+rank4+mixer96+graph1'
+    text, readme, picked = page('docs/performance.md'), page('README.md'), 'e3va+rank4+mixer96+graph1'
     assert f"A step takes {span(picked)} of E³VA's time (Mona {span('mona')})" in readme
     assert f"for {span('e3va+rank4+mixer96')} of E³VA's step" in readme
-    (camvid,) = (model for model, _ in steps if 'camvid' in model and _ == picked)
-    claim = f"step of `graph1` takes {steps[camvid, picked]:.2f} of E³VA's, its kernels"
-    assert f'{claim} {kernels[camvid, picked].kernel_time:.2f}' in ' '.join(text.split())
-    variants = {m: value for (model, m), value in steps.items() if model == camvid and m.startswith('e3va')}
-    assert max(variants, key=variants.get) == 'e3va+rank4+mixer96+every2'
+    kernels = costs_of_plain(ROOT / 'results/benchmark_mixers.json')
+    (kernel_time,) = (of.kernel_time for (model, m), of in kernels.items() if 'camvid' in model and m == picked)
+    assert f"`graph1` takes {steps['camvid', picked]:.2f} of E³VA's, its kernels {kernel_time:.2f}" in text
+    variants = [method for dataset, method in steps if dataset == 'camvid' and method.startswith('e3va')]
+    assert max(variants, key=lambda method: steps['camvid', method]) == 'e3va+rank4+mixer96+every2'
 
 
 def test_how_far_processes_differ():

@@ -29,7 +29,8 @@ measure() { run tools/benchmark.py --jobs 3 --steps 5 --warmup 2 "$@"; }
 rates() { train --train-args amp --held-out --schedule 0.5 --work-dir work_dirs/rates --out results/rates.json "$@"; }
 
 # All methods on the small sets: those that E3VA is to be level with come first. Three rates each, and on BCCD two more
-# seeds for the better two; CamVid's rates are one step higher, since its best was the highest of the others' three for every method.
+# seeds for the better two; CamVid's rates are one step higher, since its best was the highest of the others' three for
+# every method.
 compared='frozen e3va full mona adapter lora e3va+mixer e3va+mixer48x2 e3va+mixer48+every2'
 compared+=' e3va+mixer48x2+rate3 e3va+mixer48+every2+rate3 e3va+mixer48x2+feedback+rate3 e3va+mixer48+every2+feedback'
 others='bitfit normtuning partial adaptformer lorand lst dtl'
@@ -145,22 +146,18 @@ mixers 8 "$nuclei" ${wide}x2 e3va+mixer48x2
 # Steps in turn; the first method is the one that the others are compared with.
 steps() { run tools/benchmark_steps.py --out results/steps.json "$@"; }
 in_turn() {  # images, config, steps, more methods
-    # shellcheck disable=SC2086
-    steps --tasks --configs "$2" --data real --batch-sizes "$1" --precisions amp-fp16 --steps "$3" --methods e3va \
-        $wide{,+graph1} $costing \
-        e3va+{pca,mixing3,rank16,mixer,mixer96,mixer48x2,mixer48+every2,mixer48+every2+feedback} "${@:4}"
+    steps --tasks --configs "$2" --data real --batch-sizes "$1" --precisions amp-fp16 --steps "$3" \
+        --methods e3va $wide{,+graph1} "${@:4}"
 }
-# The rows that the bound is about, three times.
-picked() {  # images, config, steps, more methods
-    steps --tasks --configs "$2" --data real --batch-sizes "$1" --precisions amp-fp16 --steps "$3" --repeats 3 \
-        --methods e3va $wide{,+graph1} "${@:4}" mona full
-}
-in_turn 8 "$bccd" 40 e3va+mixer64+every2 e3va+mixer48x2+feedback ${wide}x2
-in_turn 16 "$camvid" 40 $wide+every2 e3va+mixer64+every2 e3va+rank4+mixer192
-in_turn 8 "$nuclei" 25 e3va+mixer48x2+feedback ${wide}x2
-picked 8 "$bccd" 40
-picked 16 "$camvid" 40 $wide+every2
-picked 8 "$nuclei" 25
+# shellcheck disable=SC2206
+every=($costing e3va+{pca,mixing3,rank16,mixer,mixer96,mixer48x2,mixer48+every2,mixer48+every2+feedback})
+in_turn 8 "$bccd" 40 "${every[@]}" e3va+mixer64+every2 e3va+mixer48x2+feedback ${wide}x2
+in_turn 16 "$camvid" 40 "${every[@]}" $wide+every2 e3va+mixer64+every2 e3va+rank4+mixer192
+in_turn 8 "$nuclei" 25 "${every[@]}" e3va+mixer48x2+feedback ${wide}x2
+# What the bound is about, three times.
+in_turn 8 "$bccd" 40 mona full --repeats 3
+in_turn 16 "$camvid" 40 $wide+every2 mona full --repeats 3
+in_turn 8 "$nuclei" 25 mona full --repeats 3
 large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1} mona frozen full)
 steps --tasks upernet --sizes l --batch-sizes 2 --steps 30 "${merged[@]}" --methods "${large[@]}"
 steps --tasks retinanet --sizes l --batch-sizes 8 --steps 12 "${merged[@]}" --methods "${large[@]}"

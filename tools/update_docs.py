@@ -71,7 +71,7 @@ _accuracy = _of_content(summarize.summarize)
 _pivot = _of_content(lambda content: summarize.pivot(_picked(content)))
 
 
-def _steps(path: Path) -> dict[tuple[str, str], dict]:
+def steps_of(path: Path) -> dict[tuple[str, str], dict]:
     """The rows of tools/benchmark_steps.py on real data, by data set and method."""
     rows = (row for row in load_rows(path) if row['data'] == 'real')
     return {(summarize.dataset_of(row['config']), row['method']): row for row in rows}
@@ -79,7 +79,7 @@ def _steps(path: Path) -> dict[tuple[str, str], dict]:
 
 def _accuracy_and_step(path: Path, steps: Path) -> str:
     """The table of runs that shared a device, with the steps of their methods measured in turn."""
-    seconds = {key: row['step_seconds'] for key, row in _steps(steps).items()}
+    seconds = {key: row['step_seconds'] for key, row in steps_of(steps).items()}
     return summarize.summarize(json.loads(path.read_text()), alone=seconds)
 
 
@@ -107,13 +107,14 @@ def lead(dataset: str, runs: list[dict], others: list[dict]) -> tuple[float, flo
 def format_target(small_sets: Path, more: Path, steps: Path) -> str:
     """What is asked of variants: the lead over the best sequential method, memory and step."""
     contents = [json.loads(path.read_text()) for path in (small_sets, more)]
+    in_turn = steps_of(steps)
     three, nine = summarize.group_runs(contents[0]), summarize.group_runs(more_seeds(*contents))
     lines = ['| data set | variant | lead, 3 seeds | lead, 9 seeds | memory | step |', '|---' * 6 + '|']
     for dataset, methods in three.items():
         best = max(SEQUENTIAL, key=lambda method: statistics.mean(summarize.values_of(dataset, methods[method])))
         for method in filter(methods.__contains__, LIGHT + PICKED):
             memory = summarize.peak_memory(methods[method]) / summarize.peak_memory(methods['e3va'])
-            step = _steps(steps)[dataset, without_rates(method)]['of_first']
+            step = in_turn[dataset, without_rates(method)]['of_first']
             leads = (
                 '{:+.1f} ± {:.1f}'.format(*lead(dataset, of[dataset][method], of[dataset][best]))
                 for of in (three, nine)

@@ -11,6 +11,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..checks import check_count
 from ..highway import Recomputed, StageHighway
 from ..mixer import MixerWeights, build_mixers, mix, mixer_weights
 from ..tap_record import TapStorage
@@ -282,8 +283,8 @@ def _segments(block_taps: list[list[int]], every: int | None, graph_stages: int)
 def _split_mixer(mixer: dict | None) -> tuple[dict | None, int | None]:
     """The options of a mixer, and the number of blocks between mixers."""
     every = (mixer or {}).get('every')
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise ValueError(f'mixer.every must be None or an integer of at least 1, got {every!r}')
+    if every is not None:
+        check_count('mixer.every', every)
     return None if mixer is None else {name: value for name, value in mixer.items() if name != 'every'}, every
 
 

@@ -35,12 +35,13 @@ def build_method(taps: SwinTaps, config: dict) -> Method:
     if cls.swin_only and not isinstance(taps, SwinTaps):
         raise ValueError(f'{cls.__name__} is defined for SwinTransformer only, not for {type(taps.backbone).__name__}')
     parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
-    known = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
-    takes_any = len(known) < len(parameters)
+    named = [parameter for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+    known, takes_any = [parameter.name for parameter in named], len(named) < len(parameters)
     unknown = sorted(set(options) - set(known))
     if unknown and not takes_any:
         raise ValueError(f'unknown option {unknown} in method={dict(config)}; known are {known}')
-    missing = [p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD and p.name not in options]
+    missing = [parameter.name for parameter in named if parameter.default is parameter.empty]
+    missing = [name for name in missing if name not in options]
     if missing:
         raise ValueError(f'method={dict(config)} lacks {missing}')
     return cls(taps, **options)

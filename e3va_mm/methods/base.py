@@ -34,9 +34,3 @@ class Method(nn.Module):
     def run(self, taps: SwinTaps, images: Tensor) -> tuple[Tensor, ...]:
         """images (B, 3, H, W) -> the feature maps, (B, C_s, H_s, W_s) each."""
         return taps.backbone(images)
-
-
-def check_positive(option: str, value) -> None:
-    """Raises a ValueError that names the option unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'method.{option} must be an integer of at least 1, got {value!r}')

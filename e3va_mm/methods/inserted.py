@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_count, check_kernel_sizes
 from ..highway import StageHighway
-from ..mixer import MultiScaleDepthwise, check_kernel_sizes
+from ..mixer import MultiScaleDepthwise
 from ..taps import BlockSites, Size, SwinTaps
-from .base import Method, check_positive
+from .base import Method
 
 
 class _After:
@@ -73,7 +74,7 @@ class Adapter(Method):
 
     def __init__(self, taps: SwinTaps, width: int = 64) -> None:
         super().__init__(taps)
-        check_positive('width', width)
+        check_count('method.width', width)
         self.inserted = nn.ModuleList()
         for sites in taps.blocks():
             for module in _branches(sites):
@@ -98,7 +99,7 @@ class AdaptFormer(Method):
 
     def __init__(self, taps: SwinTaps, width: int = 64, scale: float = 0.1, attention: bool = True) -> None:
         super().__init__(taps)
-        check_positive('width', width)
+        check_count('method.width', width)
         self.inserted = nn.ModuleList()
         for sites in taps.blocks():
             if attention and getattr(sites.block, 'do_expand', False):
@@ -169,7 +170,7 @@ class Mona(Method):
 
     def __init__(self, taps: SwinTaps, width: int = 64, kernel_sizes: tuple[int, ...] = (3, 5, 7)) -> None:
         super().__init__(taps)
-        check_positive('width', width)
+        check_count('method.width', width)
         check_kernel_sizes('method.kernel_sizes', kernel_sizes)
         self.inserted = nn.ModuleList()
         for sites in taps.blocks():

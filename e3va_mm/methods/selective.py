@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checks import check_count
 from ..taps import SwinTaps
-from .base import Method, check_positive
+from .base import Method
 
 
 class Full(Method):
@@ -82,7 +83,7 @@ class Partial(Method):
 
     def __init__(self, taps: SwinTaps, num_blocks: int = 1) -> None:
         super().__init__(taps)
-        check_positive('num_blocks', num_blocks)
+        check_count('method.num_blocks', num_blocks)
         names = {module: name for name, module in taps.backbone.named_modules()}
         blocks = [names[sites.block] for sites in taps.blocks()]
         if num_blocks > len(blocks):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..mixer import check_kernel_sizes
+from ..checks import check_count, check_kernel_sizes
 from ..taps import BlockSites, Size, SwinTaps
-from .base import Method, check_positive
+from .base import Method
 
 # The gates' temperature in the paper's code: they move ten times faster than a plain sigmoid.
 _TEMPERATURE = 0.1
@@ -32,7 +32,7 @@ class LST(Method):
 
     def __init__(self, taps: SwinTaps, reduction: int = 8) -> None:
         super().__init__(taps)
-        check_positive('reduction', reduction)
+        check_count('method.reduction', reduction)
         self.stages = nn.ModuleList()
         for index, dims in enumerate(taps.embed_dims):
             side_dims = dims // reduction
@@ -110,8 +110,8 @@ class DTL(Method):
         num_fed_blocks: int = 10,
     ) -> None:
         super().__init__(taps)
-        check_positive('rank', rank)
-        check_positive('num_fed_blocks', num_fed_blocks)
+        check_count('method.rank', rank)
+        check_count('method.num_fed_blocks', num_fed_blocks)
         if kernel_size:
             check_kernel_sizes('method.kernel_size', [kernel_size])
         stages: dict[int, list[BlockSites]] = {}
