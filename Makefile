@@ -26,11 +26,11 @@ format: setup  ## fix style
 # Seconds a step on two cores; BENCHMARK='--tasks upernet --sizes l --batch-sizes 2 8' for a GPU.
 BENCHMARK ?= --tasks retinanet --sizes t --image-sizes 256x448 --steps 5 --warmup 1
 benchmark: setup  ## memory and time of training steps: table and plots in work_dirs/benchmark
-	$(PYTHON_BIN) tools/benchmark.py --out work_dirs/benchmark/results.json $(BENCHMARK)
-	$(PYTHON_BIN) tools/summarize_benchmark.py work_dirs/benchmark/results.json --plots work_dirs/benchmark
+	$(PYTHON_BIN) benchmarks/cost.py --out work_dirs/benchmark/results.json $(BENCHMARK)
+	$(PYTHON_BIN) benchmarks/cost_tables.py work_dirs/benchmark/results.json --plots work_dirs/benchmark
 
-results: setup  ## on a GPU: run what is missing in results/, from data/; takes hours, and goes on where it stopped
-	tools/reproduce.sh
+results: setup  ## on a GPU: run what is missing in benchmarks/results/, from data/; takes hours, and goes on where it stopped
+	benchmarks/reproduce.sh
 
 clean:  ## remove the environment and all results of runs
 	rm -rf .venv work_dirs

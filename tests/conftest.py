@@ -1,6 +1,5 @@
 """Shared pieces: a tiny Swin, its weights on disk, a tiny data set, and the tools as a user runs them."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,22 +13,12 @@ import e3va_mm  # noqa: F401  (registers the backbones)
 from e3va_mm.datasets.shapes import write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'tools'))
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items) -> None:
     # The slowest file goes first: a worker takes a file at a time, and the other should not wait for it at the end.
     items.sort(key=lambda item: item.path.name != 'test_tools.py')
-
-
-def page(path: str) -> str:
-    """The text of a page without its line breaks."""
-    return ' '.join((ROOT / path).read_text().split())
-
-
-def result_file(name: str) -> dict:
-    return json.loads((ROOT / f'results/{name}.json').read_text())
 
 
 def swin(scope='mmseg', **overrides) -> dict:

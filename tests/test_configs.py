@@ -1,19 +1,13 @@
 """Every config loads, and builds and runs with its backbone shrunk."""
 
-import itertools
-import json
 import re
 from pathlib import Path
 
 import pytest
-import run_grid
 import torch
 from conftest import ROOT, timm_features
-from held_out import ranked_rates
-from method_specs import cfg_options, config_prefix
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from update_docs import PICKED
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
 WIDTHS = [12, 24, 48, 96]
@@ -66,26 +60,6 @@ def test_config_builds_and_runs(path):
     else:
         assert bool(trainable) == (method == 'full')
     assert {hook.type for hook in config.custom_hooks} == {'ParameterTableHook', 'ResourceReportHook'}
-
-
-def test_the_small_sets_train_at_the_rates_that_held_out_images_chose():
-    chosen = ranked_rates(json.loads((ROOT / 'results/rates.json').read_text()))
-    for dataset, method in itertools.product(('camvid', 'bccd', 'nuclei'), ('frozen', 'e3va', 'full')):
-        config = Config.fromfile(ROOT / run_grid.DATASETS[dataset].format(config_prefix(method) + 'swin-nano'))
-        assert config.optim_wrapper.optimizer.lr == chosen[dataset, method][0]
-
-
-@pytest.mark.parametrize('dataset', ['camvid', 'bccd', 'nuclei'])
-def test_the_picked_variants_train_as_reported(dataset):
-    method = PICKED[0 if dataset == 'camvid' else 1]
-    plain = Config.fromfile(ROOT / run_grid.DATASETS[dataset].format('e3va-swin-nano'))
-    changes = {key: int(value) for key, value in (option.split('=') for option in cfg_options(method)[1:])}
-    runs = json.loads((ROOT / 'results/small_sets.json').read_text())['runs'].values()
-    (rate,) = {run['learning_rate'] for run in runs if run['method'] == method and dataset in run['config']}
-    plain.merge_from_dict({**changes, 'optim_wrapper.optimizer.lr': rate})
-    assert cfg_options(method)[0] == 'model.backbone.frozen_dtype=None'
-    picked = Config.fromfile(ROOT / run_grid.DATASETS[dataset].format('e3va-graph1-swin-nano'))
-    assert picked.to_dict() == plain.to_dict()
 
 
 def test_every_benchmark_has_its_siblings():

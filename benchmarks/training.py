@@ -1,7 +1,8 @@
-"""Training many configs: each run is the command-line tool in a process of its own."""
+"""Training many configs: each run is ``tools/train.py`` in a process of its own."""
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
 import json
@@ -53,6 +54,7 @@ def run_all(
     jobs: int = 1,
     done=lambda run, result: None,
     time_limit: float = float('inf'),
+    home: Path = ROOT,
 ) -> dict[str, dict]:
     """Runs the experiments, ``jobs`` at a time, in folders of ``work_dir``; finished ones are not run again.
 
@@ -61,6 +63,7 @@ def run_all(
     Args:
         done: called with each run and its result as soon as it ends.
         time_limit: seconds after which no further run is started.
+        home: see :func:`run_one`.
 
     Returns:
         ``{run.name: result}``; a result holds the ``report`` of ResourceReportHook.
@@ -81,7 +84,7 @@ def run_all(
             return {}
         variables = slots.get()
         try:
-            result = run_one(run, work_dir / run.name, variables)
+            result = run_one(run, work_dir / run.name, variables, home)
         except (RuntimeError, ValueError) as error:
             failures.append(str(error))
             return {}
@@ -104,11 +107,12 @@ def _one_gpu_each() -> list[dict[str, str]]:
     return [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus] if len(gpus) > 1 else [{}]
 
 
-def run_one(run: Run, work_dir: Path, variables: dict[str, str] | None = None) -> dict:
+def run_one(run: Run, work_dir: Path, variables: dict[str, str] | None = None, home: Path = ROOT) -> dict:
     """Trains one config, resuming if that was interrupted; its metrics are those of the validation at the end.
 
     Args:
         variables: set in the environment of the training.
+        home: the checkout whose tools, configs and data train it.
 
     Raises:
         ValueError: ``work_dir`` is that of a run with other settings.
@@ -121,11 +125,11 @@ def run_one(run: Run, work_dir: Path, variables: dict[str, str] | None = None) -
         return json.loads(result.read_text())
     work_dir.mkdir(parents=True, exist_ok=True)
     started.write_text(json.dumps(settings, indent=2))
-    command = ['tools/train.py', run.config, '--work-dir', str(work_dir), '--resume', *run.train_args]
+    command = ['tools/train.py', run.config, '--work-dir', str(work_dir.resolve()), '--resume', *run.train_args]
     options = [f'randomness.seed={run.seed}', *run.cfg_options]
     if run.learning_rate is not None:
         options.append(f'optim_wrapper.optimizer.lr={run.learning_rate:g}')
-    call_tool([*command, '--cfg-options', *options], work_dir / 'train.log', variables)
+    call_tool([*command, '--cfg-options', *options], work_dir / 'train.log', variables, home)
     if run.fold is None:
         del settings['fold']
     content = {**settings, 'report': json.loads((work_dir / 'run_report.json').read_text())}
@@ -158,20 +162,27 @@ def shorten(config: str, share: float) -> list[str]:
     return [f'{key}={iterations}' for key in keys]
 
 
-def call_tool(tool: list[str], log: Path, variables: dict[str, str] | None = None) -> None:
-    environment = {**os.environ, **(variables or {})}
+def call_tool(tool: list[str], log: Path, variables: dict[str, str] | None = None, home: Path = ROOT) -> None:
+    """Calls a tool of a checkout, with the package beside it."""
+    environment = {**os.environ, **(variables or {}), 'PYTHONPATH': python_path(home)}
     with log.open('w') as file:
         code = subprocess.call(
-            [sys.executable, *tool], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment
+            [sys.executable, *tool], cwd=home, stdout=file, stderr=subprocess.STDOUT, env=environment
         )
     if code:
         tail = '\n'.join(log.read_text(errors='replace').splitlines()[-15:])
         raise RuntimeError(f'{" ".join(tool)} failed with exit code {code}, log in {log}:\n{tail}')
 
 
+def python_path(folder: str | Path) -> str:
+    """``PYTHONPATH`` with a folder before what it holds."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get('PYTHONPATH')])])
+
+
 def provenance(commit: str | None = None) -> dict:
     """What a result file says of where its numbers come from."""
     return {
+        'date': datetime.date.today().isoformat(),
         'device': torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu ({platform.machine()})',
         'python': platform.python_version(),
         'torch': torch.__version__,

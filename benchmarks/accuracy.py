@@ -13,8 +13,9 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
-from method_specs import without_rates
 from scipy.optimize import isotonic_regression
+
+from benchmarks.methods import without_rates
 
 BACKBONES = ('vit-tiny', 'efficientnet-lite0')  # those that are named beside the data set
 # Task or data set as in the config's name, the metric that is shown, and the factor that makes it a percentage.

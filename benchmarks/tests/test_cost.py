@@ -3,25 +3,25 @@
 import argparse
 import json
 
-import benchmark
-import benchmark_case
 import pytest
-import summarize_benchmark
 import torch
-from conftest import tool
-from method_specs import backbone_of
+
+from benchmarks import cost, cost_tables, measure
+from benchmarks.bench import Bench
+from benchmarks.methods import backbone_of
+
+from .conftest import script
 
 CONFIG = 'configs/shapes/swin-nano_upernet_1xb8-600_shapes-96x96.py'
+SMALL = ['--tasks', '--configs', CONFIG, '--image-sizes', '64x96', '--batch-sizes', '2', '--warmup', '1']
 
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp('benchmark') / 'out.json'
-    command = ['tools/benchmark.py', '--out', out, '--tasks', '--configs', CONFIG, '--image-sizes', '64x96']
-    command += ['--batch-sizes', '2', '--steps', '2', '--warmup', '1', '--methods']
-    log = tool(*command, 'full', 'e3va', 'e3va+taps-float8')
-    assert log.count(' MiB, ') == 3
-    assert tool(*command, 'full') == ''
+    command = ['benchmarks/cost.py', '--out', out, *SMALL, '--steps', '2', '--methods']
+    assert script(*command, 'full', 'e3va', 'e3va+taps-float8').count(' MiB') == 3
+    assert script(*command, 'full') == ''
     return out
 
 
@@ -34,24 +34,44 @@ def test_results_say_what_was_measured_and_where(results):
         kept[case['method']] = run['saved_in_backbone_mib']
         assert case['commit'] and case['command'] and case['device'] and case['torch']
         assert run['peak_memory_mib'] > 100 and 0 < run['step_seconds'] < 60
-        assert set(run['phases']) >= {'neck_and_head', 'backward', 'optimizer'}
-        assert ('highway' in run['phases']) == (case['method'] != 'full')
+        assert list(run['phases']) == ['backbone_forward', 'neck_and_head', 'backward', 'optimizer']
     assert 10 * kept['e3va+taps-float8'] < kept['full']
     assert kept['e3va+taps-float8'] < kept['e3va']
 
 
 def test_steps_in_turn(tmp_path):
     out = tmp_path / 'out.json'
-    command = ['tools/benchmark_steps.py', '--out', out, '--tasks', '--configs', CONFIG, '--image-sizes', '64x96']
-    command += ['--batch-sizes', '2', '--steps', '3', '--warmup', '1', '--methods', 'e3va', 'full']
-    assert tool(*command).count(' of the first') == 2
-    assert ' of the first' not in tool(*command)  # it is there already
-    assert tool(*command, '--repeats', '2').count(' of the first') == 2
+    command = ['benchmarks/cost.py', '--measure', 'in-turn', '--out', out, *SMALL, '--steps', '3']
+    command += ['--methods', 'e3va', 'full', '--repeats']
+    assert script(*command, 1).count(' of the first') == 2
+    assert script(*command, 2).count(' of the first') == 2  # the first repeat is there already
     (plain, _), (full, again) = (case['runs'] for case in json.loads(out.read_text())['cases'].values())
     assert plain['of_first'] == 1 and full['of_first_quartiles'][0] <= full['of_first'] <= full['of_first_quartiles'][1]
-    assert 0 < plain['step_seconds'] < 60
     seconds, ratio = ((full[key] + again[key]) / 2 for key in ('step_seconds', 'of_first'))
-    assert f'| full | {1000 * seconds:.0f} ms | {ratio:.2f} (' in tool('tools/summarize_benchmark.py', out)
+    assert f'| full | {1000 * seconds:.0f} ms | {ratio:.2f} (' in script('benchmarks/cost_tables.py', out)
+
+
+def test_another_checkout_is_measured(tmp_path):
+    """With its package, whatever benchmarks it has, and not with ours."""
+    for name, text in (('e3va_mm', "raise ImportError('theirs')"), ('benchmarks', "raise ImportError('not ours')")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / '__init__.py').write_text(text)
+    command = ['benchmarks/cost.py', '--out', tmp_path / 'out.json', *SMALL, '--methods', 'e3va']
+    log = script(*command, '--packages', f'before={tmp_path}', ok=False)
+    assert 'synthetic, before failed:' in log and 'ImportError: theirs' in log
+
+
+@pytest.mark.parametrize('guess', [-3, 1, 6, 7, 30])
+@pytest.mark.parametrize('limit', [0, 6, 40])
+def test_largest_batch(guess, limit):
+    tried = []
+    found = measure.largest_batch(lambda images: tried.append(images) or images <= limit, guess, 2, 32)
+    assert found == (0 if limit < 2 else min(limit, 32)) and len(tried) == len(set(tried)) and min(tried) >= 2
+
+
+def test_peaks_are_extrapolated():
+    assert measure.extrapolate({2: 500, 4: 900, 1: 400}, 2000) == 9
+    assert measure.extrapolate({2: 500, 4: 900}, 600) == 3
 
 
 def test_methods_share_heads_and_batches():
@@ -59,7 +79,7 @@ def test_methods_share_heads_and_batches():
     case = dict(config=CONFIG, precision='fp32', image_size=[96, 96], data='synthetic', cfg_options={})
     losses = []
     for method in ('frozen', 'e3va', 'e3va'):
-        bench = benchmark_case.Bench(dict(case, backbone=backbone_of(method)))
+        bench = Bench(dict(case, backbone=backbone_of(method)))
         bench.to_device()
         bench.load_batch(2)
         if losses:
@@ -70,7 +90,7 @@ def test_methods_share_heads_and_batches():
 
 
 def test_table_and_plots(results, tmp_path):
-    printed = tool('tools/summarize_benchmark.py', results, '--plots', tmp_path)
+    printed = script('benchmarks/cost_tables.py', results, '--plots', tmp_path)
     assert '| full | ' in printed and '| e3va+taps-float8 | ' in printed
     assert all(path.stat().st_size > 5000 for path in tmp_path.glob('*.png')) and list(tmp_path.glob('*.png'))
 
@@ -87,10 +107,10 @@ def test_ratios(tmp_path):
     }
     path = tmp_path / 'results.json'
     path.write_text(json.dumps({'cases': cases}))
-    tables = summarize_benchmark.format_tables(summarize_benchmark.load_rows(path))
+    tables = cost_tables.format_tables(cost_tables.load_rows(path))
     assert '| e3va | 50 MiB | 0.50 |' in tables and 'batch 1, ' in tables
 
 
 def test_every_task_and_size_has_its_config():
-    args = argparse.Namespace(configs=[], tasks=list(benchmark.TASKS), sizes=list(benchmark.SIZES))
-    assert len(benchmark.models(args)) == 12
+    args = argparse.Namespace(configs=[], tasks=list(cost.TASKS), sizes=list(cost.SIZES))
+    assert len(cost.models(args)) == 12

@@ -11,11 +11,11 @@ import json
 import statistics
 from pathlib import Path
 
-from experiments import ROOT
 from mmengine.config import Config
-from summarize import group_runs, values_of
 
 import e3va_mm  # noqa: F401  (makes configs that derive from `mmseg::` loadable)
+from benchmarks.accuracy import group_runs, values_of
+from benchmarks.training import ROOT
 
 FOLDS = range(5)
 
@@ -48,7 +48,7 @@ def hold_out(config: str, fold: int = FOLDS[-1]) -> list[str]:
 
 
 def ranked_rates(content: dict) -> dict[tuple[str, str], list[float]]:
-    """``{(data set, method): learning rates}`` in a result file of run_grid.py: those with the most seeds first, and of
+    """``{(data set, method): learning rates}`` in a result file of grid.py: those with the most seeds first, and of
     these the best mean metric."""
     ranked = {}
     for dataset, methods in group_runs(content).items():

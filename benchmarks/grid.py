@@ -7,13 +7,16 @@ Runs that are already in the file are not repeated, so an interrupted grid goes 
 import argparse
 import itertools
 import json
+import sys
 import threading
 from pathlib import Path
 
-from experiments import ROOT, Run, provenance, run_all, shorten
-from held_out import FOLDS, hold_out, ranked_rates
-from method_specs import METHODS_HELP, cfg_options, config_prefix
-from summarize import dataset_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.accuracy import dataset_of
+from benchmarks.held_out import FOLDS, hold_out, ranked_rates
+from benchmarks.methods import METHODS_HELP, cfg_options, config_prefix
+from benchmarks.training import ROOT, Run, provenance, run_all, shorten
 
 DATASETS = {
     'camvid': 'configs/camvid/{}_upernet_1xb16-600_camvid-352x480.py',
@@ -27,42 +30,31 @@ BACKBONES = ('swin-nano', 'vit-tiny', 'efficientnet-lite0')
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--datasets', nargs='+', choices=DATASETS, default=['camvid', 'bccd', 'nuclei'])
-    parser.add_argument('--methods', nargs='+', default=['frozen', 'e3va', 'full'], help=METHODS_HELP)
-    parser.add_argument(
-        '--backbones', nargs='+', choices=BACKBONES, default=['swin-nano'], help='others: not on shapes'
-    )
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument(
-        '--learning-rates', nargs='+', type=float, help="run each method at each; default: the config's"
-    )
-    parser.add_argument(
-        '--held-out',
-        action='store_true',
-        help='validate on the last fifth of the training images, to choose by (use an --out of its own)',
-    )
-    parser.add_argument(
-        '--folds', nargs='+', type=int, choices=FOLDS, help='with --held-out: on each of these fifths; 4 is the last'
-    )
-    parser.add_argument(
-        '--rates-from', metavar='JSON', help="each method's best learning rate in this result of a grid of rates"
-    )
-    parser.add_argument(
-        '--candidates', type=int, default=1, help='with --rates-from: that many of the best, to choose by more seeds'
-    )
-    parser.add_argument('--schedule', type=float, default=1.0, help="share of the config's iterations to train for")
-    parser.add_argument(
-        '--jobs',
-        type=int,
-        default=1,
-        help='runs at a time, spread over the GPUs; step times then include the contention',
-    )
-    parser.add_argument('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
-    parser.add_argument('--cfg-options', nargs='+', default=[], help='overrides for all runs, as for tools/train.py')
-    parser.add_argument('--work-dir', default='work_dirs/grid')
-    parser.add_argument('--out', required=True, help='JSON file that collects the results')
-    parser.add_argument('--time-limit', type=float, default=float('inf'), help='seconds; no run is started after them')
-    parser.add_argument('--commit', help='recorded in the results; default: asked of git')
+    add = parser.add_argument
+    add('--datasets', nargs='+', choices=DATASETS, default=['camvid', 'bccd', 'nuclei'])
+    add('--methods', nargs='+', default=['frozen', 'e3va', 'full'], help=METHODS_HELP)
+    add('--backbones', nargs='+', choices=BACKBONES, default=['swin-nano'], help='others: not on shapes')
+    add('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    add('--learning-rates', nargs='+', type=float, help="run each method at each; default: the config's")
+    held_out = 'validate on the last fifth of the training images, to choose by (use an --out of its own)'
+    add('--held-out', action='store_true', help=held_out)
+    folds = 'with --held-out: on each of these fifths; 4 is the last'
+    add('--folds', nargs='+', type=int, choices=FOLDS, help=folds)
+    rates = "each method's best learning rate in this result of a grid of rates"
+    add('--rates-from', metavar='JSON', help=rates)
+    candidates = 'with --rates-from: that many of the best, to choose by more seeds'
+    add('--candidates', type=int, default=1, help=candidates)
+    add('--schedule', type=float, default=1.0, help="share of the config's iterations to train for")
+    jobs = 'runs at a time, spread over the GPUs; step times then include the contention'
+    add('--jobs', type=int, default=1, help=jobs)
+    add('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
+    add('--cfg-options', nargs='+', default=[], help='overrides for all runs, as for tools/train.py')
+    package = 'another checkout, whose tools, package, configs and data/ train; default: ours'
+    add('--package', type=Path, default=ROOT, metavar='FOLDER', help=package)
+    add('--work-dir', default='work_dirs/grid')
+    add('--out', required=True, help='JSON file that collects the results')
+    add('--time-limit', type=float, default=float('inf'), help='seconds; no run is started after them')
+    add('--commit', help='recorded in the results; default: asked of git')
     return parser.parse_args()
 
 
@@ -119,7 +111,7 @@ def main() -> None:
         print(run.name, result['report']['metrics'], flush=True)
 
     missing = [run for run in plan(args) if run.name not in content['runs']]
-    run_all(missing, Path(args.work_dir), args.jobs, collect, args.time_limit)
+    run_all(missing, Path(args.work_dir), args.jobs, collect, args.time_limit, args.package.resolve())
     left = [run.name for run in missing if run.name not in content['runs']]
     if left:
         raise SystemExit(f'--time-limit is over; {len(left)} of {len(missing)} runs have not been started')

@@ -1,0 +1,215 @@
+#!/usr/bin/env python
+"""Memory and time of training steps: tasks, backbone sizes, methods, precisions and batch sizes in one JSON file.
+
+What is measured: ``cost`` (the default), each case in a process of its own; ``in-turn``, a step of each method in turn
+in one process, and the ratio to the first method in the same round, since processes differ in speed more than methods;
+``fits``, the largest batch in the memory of each of ``--cards``.
+
+Repeats are interleaved: all cases once, then all again. Cases that are already in the file are not repeated.
+``benchmarks/cost_tables.py`` makes tables and plots of the file. Two checkouts are compared by ``--packages``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.methods import METHODS_HELP, backbone_of
+from benchmarks.training import ROOT, provenance, python_path
+
+TASKS = {
+    'upernet': ('configs/ade20k/swin-{long}-*.py', (512, 512)),
+    'cascade-mask-rcnn': ('configs/coco/cascade-mask-rcnn_swin-{short}-*.py', (800, 1344)),
+    'retinanet': ('configs/voc/retinanet_swin-{short}-*.py', (800, 1344)),
+}
+SIZES = {'t': 'tiny', 's': 'small', 'b': 'base', 'l': 'large'}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--out', required=True, help='JSON file that collects the results')
+    add('--measure', choices=('cost', 'in-turn', 'fits'), default='cost')
+    add('--tasks', nargs='*', default=list(TASKS), choices=TASKS)
+    add('--sizes', nargs='+', default=['t'], choices=SIZES, help='of the Swin backbone')
+    add('--configs', nargs='*', default=[], help='stock configs to measure beside the tasks')
+    add('--methods', nargs='+', default=['full', 'full+checkpointed', 'frozen', 'e3va'], help=METHODS_HELP)
+    add('--precisions', nargs='+', default=['fp32'], choices=('fp32', 'amp-fp16', 'amp-bf16'))
+    add('--batch-sizes', nargs='+', type=int, default=[2])
+    add('--image-sizes', nargs='+', type=_image_size, help="HxW; default: the task's own")
+    add('--data', choices=('synthetic', 'real'), default='synthetic', help="real: the config's own data")
+    add('--packages', nargs='+', type=_labelled, help='LABEL=FOLDER: checkouts whose e3va_mm to compare; default: ours')
+    add('--steps', type=int, default=20, help='measured steps of a case')
+    add('--warmup', type=int, default=5, help='steps before them')
+    add('--repeats', type=int, default=1, help='times that each case is run')
+    add('--cards', nargs='+', type=int, default=[8, 12, 16, 24, 80], help='fits: memory of cards in GB')
+    add('--most-images', type=int, default=32, help='fits: no larger batch is tried')
+    add('--memory-cap', type=float, help='cost: GiB that PyTorch may allocate (CUDA)')
+    add('--profile', action='store_true', help='cost: also list the kernels that take the most time')
+    add('--jobs', type=int, default=1, help='processes; one measures, others load libraries')
+    add('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides of all configs')
+    add('--time-limit', type=float, default=float('inf'), help='seconds; none is started after them')
+    add('--commit', help='recorded in the results; default: asked of git')
+    args = parser.parse_args()
+    if args.measure == 'in-turn' and args.packages:
+        parser.error('--packages have processes of their own, and can not be measured --measure in-turn')
+    return args
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition('x')
+    return int(height), int(width or height)
+
+
+def _labelled(text: str) -> tuple[str, str]:
+    label, _, folder = text.partition('=')
+    if not Path(folder, 'e3va_mm').is_dir():
+        raise argparse.ArgumentTypeError(f'expected LABEL=FOLDER with e3va_mm in FOLDER, got {text}')
+    return label, str(Path(folder).resolve())
+
+
+def models(args: argparse.Namespace) -> list[tuple[str, str, tuple[int, int]]]:
+    """Name, config and default image size of what is measured."""
+    found = [(Path(config).stem, config, (512, 512)) for config in args.configs]
+    for task, size in itertools.product(args.tasks, args.sizes):
+        pattern, image_size = TASKS[task]
+        (config,) = ROOT.glob(pattern.format(short=size, long=SIZES[size]))
+        found.append((f'{task} swin-{size}', str(config), image_size))
+    return found
+
+
+def plan(args: argparse.Namespace) -> dict[str, dict]:
+    """The cases by name."""
+    cases = {}
+    batches = ['largest'] if args.measure == 'fits' else args.batch_sizes
+    packages = args.packages or [(None, None)]
+    grid = itertools.product(models(args), args.precisions, args.image_sizes or [None], batches, args.methods, packages)
+    for (model, config, default_size), precision, image_size, batch, method, (label, folder) in grid:
+        height, width = image_size or default_size
+        extra = (f', {args.memory_cap} GiB' if args.memory_cap else '') + (f', {label}' if label else '')
+        cases[f'{model}, {height}x{width}, batch {batch}, {precision}, {method}, {args.data}{extra}'] = {
+            'model': model,
+            'config': config,
+            'method': method,
+            'backbone': backbone_of(method),
+            'precision': precision,
+            'batch_size': batch,
+            'image_size': [height, width],
+            'data': args.data,
+            'package': label,
+            'folder': folder,
+            **{key: getattr(args, key) for key in ('memory_cap', 'steps', 'warmup', 'cfg_options', 'profile')},
+            **({'cards': args.cards, 'most_images': args.most_images} if args.measure == 'fits' else {}),
+        }
+    return cases
+
+
+def jobs_of(cases: dict[str, dict], measure: str) -> list[list[str]]:
+    """The names of the cases that a process measures: one, or all methods of a setting in turn."""
+    groups: dict[object, list[str]] = {}
+    for name, case in cases.items():
+        setting = str([case[key] for key in ('model', 'image_size', 'precision', 'batch_size')])
+        groups.setdefault(setting if measure == 'in-turn' else name, []).append(name)
+    return list(groups.values())
+
+
+def run_job(measure: str, cases: list[dict], lock: str) -> list[dict] | str:
+    """What was measured of each case, or the end of what the process printed if it failed.
+
+    Args:
+        cases: see :func:`plan`; those with a ``folder`` run with its ``e3va_mm``.
+        lock: a file; who holds its lock may use the device.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given, target, config = (Path(folder, name) for name in ('job.json', 'runs.json', 'config.py'))
+        # Whole, because another checkout's package may not know how ours finds what a config is based on.
+        Config.fromfile(cases[0]['config']).dump(config)
+        job = {'measure': measure, 'cases': [{**case, 'config': str(config)} for case in cases], 'lock': lock}
+        given.write_text(json.dumps(job))
+        # Our benchmarks with the case's package, whatever else the two checkouts hold.
+        for name, home in (('benchmarks', ROOT), ('e3va_mm', cases[0]['folder'] or ROOT)):
+            Path(folder, name).symlink_to(Path(home, name))
+        call = subprocess.run(
+            [sys.executable, str(ROOT / 'benchmarks/measure.py'), str(given), str(target)],
+            cwd=ROOT,
+            env={**os.environ, 'PYTHONPATH': python_path(folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return json.loads(target.read_text()) if call.returncode == 0 else call.stdout[-2000:]
+
+
+def main() -> None:
+    args = parse_args()
+    out, cases = Path(args.out), plan(args)
+    content = load(out, cases)
+    missing = [
+        job
+        for repeat in range(args.repeats)
+        for job in jobs_of(cases, args.measure)
+        if any(len(content['cases'][name]['runs']) <= repeat for name in job)
+    ]
+    failed, started = 0, time.monotonic()
+
+    def run(job: list[str]) -> list[dict] | str | None:
+        if time.monotonic() - started > args.time_limit:
+            return None
+        return run_job(args.measure, [cases[name] for name in job], lock.name)
+
+    with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(args.jobs) as pool:
+        for job, runs in zip(missing, pool.map(run, missing)):
+            if runs is None:
+                sys.exit('--time-limit is over; not all cases have been measured')
+            if isinstance(runs, str):
+                failed += 1
+                print(f'{", ".join(job)} failed:\n{runs}', flush=True)
+                continue
+            for name, result in zip(job, runs):
+                print(f'{name}: {describe(result)}', flush=True)
+                content['cases'][name]['runs'].append(result)
+                content['cases'][name].update(provenance(args.commit))
+            save(content, out)
+    if failed:
+        sys.exit(f'{failed} measurements failed; what ran is in {out}')
+
+
+def load(out: Path, cases: dict[str, dict]) -> dict:
+    """What the result file holds, and the cases that it does not have yet."""
+    content = json.loads(out.read_text()) if out.is_file() else {'cases': {}}
+    for name, case in cases.items():
+        # Folders of the machine say nothing to others.
+        public = {key: value for key, value in case.items() if key != 'folder'}
+        content['cases'].setdefault(name, {**public, 'config': Path(case['config']).name, 'runs': []})
+    return content
+
+
+def save(content: dict, out: Path) -> None:
+    measured = {name: case for name, case in content['cases'].items() if case['runs']}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({'cases': measured}, indent=1) + '\n')
+
+
+def describe(result: dict) -> str:
+    if 'largest' in result:
+        return ', '.join(f'{images} images in {card} GB' for card, images in result['largest'].items())
+    if result.get('out_of_memory'):
+        return f'batch {result["batch_size"]} does not fit'
+    what = f'{result["of_first"]:.2f} of the first' if 'of_first' in result else f'{result["peak_memory_mib"]:.0f} MiB'
+    return f'{1000 * result["step_seconds"]:.1f} ms, {what}'
+
+
+if __name__ == '__main__':
+    main()

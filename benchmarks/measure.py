@@ -1,0 +1,233 @@
+"""Measures cases of benchmarks/cost.py in a process of its own: ``measure.py JOB.json RUNS.json``."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import itertools
+import json
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+
+from benchmarks.bench import Bench
+from e3va_mm.hooks.report import MIB, process_peak_bytes
+
+GIB = 2**30
+# What a desktop and CUDA itself take of a card, which is no memory of PyTorch's.
+TAKEN_GIB = 0.5
+
+
+def measure_cost(cases: list[dict]) -> list[dict]:
+    """Of one case: peak memory, the time of a step, and where both go."""
+    (case,) = cases
+    bench = Bench(case)
+    if case['memory_cap']:
+        limit_memory(case['memory_cap'])
+    try:
+        bench.to_device()
+        bench.load_batch(case['batch_size'])
+        bench.warm_up(case['warmup'])
+        result = _cost_of(bench, case['steps'], case['profile'])
+    except torch.OutOfMemoryError:
+        return [{'batch_size': case['batch_size'], 'out_of_memory': True}]
+    speed = case['batch_size'] / result['step_seconds']
+    return [{'batch_size': case['batch_size'], **result, 'images_per_second': speed}]
+
+
+def _cost_of(bench: Bench, steps: int, profile: bool) -> dict:
+    cuda = bench.device.type == 'cuda'
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = [bench.timed_step() for _ in range(steps)]
+    result = {'peak_memory_mib': round(process_peak_bytes() / MIB, 1), **quartiles('step_seconds', seconds)}
+    if cuda:
+        result['peak_reserved_mib'] = round(torch.cuda.max_memory_reserved() / MIB, 1)
+    if profile:
+        result['most_time'] = most_time(bench)
+    result['saved_in_backbone_mib'] = round(saved_bytes(bench) / MIB, 1)
+    return {**result, 'phases': measure_phases(bench, steps)}
+
+
+def quartiles(name: str, values: list[float]) -> dict:
+    """The median as ``name``, and the quartiles around it."""
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
+    return {name: median, f'{name}_quartiles': [low, high]}
+
+
+def most_time(bench: Bench, number: int = 20) -> list[dict]:
+    """The kernels (on a CPU, the operators) that take the most time of one step, and what all of them take."""
+    cuda = bench.device.type == 'cuda'
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        bench.step()
+        bench.synchronize()
+    seconds = {
+        event.key: ((event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6, event.count)
+        for event in profiler.key_averages()
+    }
+    # Calls into the CUDA runtime are listed too, without any time on the device.
+    seconds = {name: figures for name, figures in seconds.items() if figures[0]}
+    rows = sorted(seconds.items(), key=lambda item: -item[1][0])[:number]
+    total = (sum(time for time, _ in seconds.values()), sum(count for _, count in seconds.values()))
+    return [{'name': name[:120], 'seconds': t, 'calls': c} for name, (t, c) in [('all', total), *rows]]
+
+
+def saved_bytes(bench: Bench) -> int:
+    """Bytes that the backbone keeps between forward and backward pass, the weights not counted."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in [*bench.model.parameters(), bench.batch['inputs']]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with bench.optim.optim_context(bench.model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        features = bench.model.backbone(bench.batch['inputs'])
+    del features
+    return sum(kept.values())
+
+
+def measure_phases(bench: Bench, steps: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each phase and, on CUDA, the peak of allocated memory within it."""
+    rows = [_phases_of_a_step(bench) for _ in range(min(steps, 3))]
+    return {
+        phase: {key: statistics.median(row[phase][key] for row in rows) for key in rows[0][phase]} for phase in rows[0]
+    }
+
+
+def _phases_of_a_step(bench: Bench) -> dict[str, dict[str, float]]:
+    marks = [('start', bench.synchronize(), 0.0)]
+
+    def mark(phase: str) -> None:
+        cuda = bench.device.type == 'cuda'
+        marks.append((phase, bench.synchronize(), torch.cuda.max_memory_allocated() / MIB if cuda else 0.0))
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    with bench.optim.optim_context(bench.model):
+        handle = bench.model.backbone.register_forward_hook(lambda *_: mark('backbone_forward'))
+        losses = bench.model(**bench.batch, mode='loss')
+        handle.remove()
+        mark('neck_and_head')
+    loss, _ = bench.model.parse_losses(losses)
+    bench.optim.backward(loss)
+    mark('backward')
+    bench.optim.step()
+    bench.optim.zero_grad()
+    mark('optimizer')
+    return {
+        name: {'seconds': now - before, 'peak_mib': peak}
+        for (_, before, _), (name, now, peak) in itertools.pairwise(marks)
+    }
+
+
+def measure_in_turn(cases: list[dict]) -> list[dict]:
+    """Median and quartiles of each case's steps (seconds), and of their ratio to the first case's in the same round."""
+    benches = [Bench(case) for case in cases]
+    for bench, case in zip(benches, cases):
+        bench.to_device()
+        bench.load_batch(case['batch_size'])
+        bench.warm_up(case['warmup'])
+    order, draw = list(range(len(benches))), random.Random(0)
+    seconds = [[] for _ in benches]
+    for _ in range(cases[0]['steps']):
+        # Each method behind any other: what one leaves in caches is not always the same one's gain.
+        draw.shuffle(order)
+        for index in order:
+            seconds[index].append(benches[index].timed_step())
+    return [
+        {
+            'batch_size': case['batch_size'],
+            **quartiles('step_seconds', own),
+            **quartiles('of_first', [one / first for one, first in zip(own, seconds[0])]),
+        }
+        for case, own in zip(cases, seconds)
+    ]
+
+
+def measure_fits(cases: list[dict]) -> list[dict]:
+    """Of one case: for each card (GB, as it is sold), the largest batch that trains in its memory; 0 if none does."""
+    (case,) = cases
+    bench = Bench(case)
+    bench.to_device()
+    # UPerNet's batch norm behind its pooling to 1×1 takes no single image.
+    least, peaks = 2 if bench.config.default_scope == 'mmseg' else 1, {}
+    for images in (least, 2 * least):
+        bench.load_batch(images)
+        bench.warm_up(0)
+        trains(bench, images, peaks)
+    largest = {}
+    for gigabytes in sorted(case['cards']):
+        gibibytes = gigabytes * 1e9 / GIB - TAKEN_GIB
+        limit_memory(gibibytes)
+        guess = extrapolate(peaks, gibibytes * GIB)
+        largest[gigabytes] = largest_batch(
+            lambda images: trains(bench, images, peaks), guess, least, case['most_images']
+        )
+    return [{'largest': largest, 'most_images': case['most_images'], 'taken_gib': TAKEN_GIB}]
+
+
+def limit_memory(gibibytes: float) -> None:
+    if not torch.cuda.is_available():
+        raise ValueError('a memory cap needs a CUDA device')
+    torch.cuda.set_per_process_memory_fraction(gibibytes * GIB / torch.cuda.get_device_properties(0).total_memory)
+
+
+def trains(bench: Bench, images: int, peaks: dict[int, int]) -> bool:
+    """Whether two steps run; their peak memory (bytes) goes into ``peaks``."""
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        bench.load_batch(images)
+        bench.step()
+        bench.step()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        bench.batch = None
+        bench.optim.zero_grad()
+        torch.cuda.empty_cache()
+    peaks[images] = torch.cuda.max_memory_allocated()
+    return True
+
+
+def extrapolate(peaks: dict[int, int], limit: float) -> int:
+    """The batch that takes ``limit`` bytes, on the line through the two largest that were measured."""
+    (few, low), (many, high) = sorted(peaks.items())[-2:]
+    return many + int((limit - high) * (many - few) / max(1, high - low))
+
+
+def largest_batch(fits: Callable[[int], bool], guess: int, least: int, most: int) -> int:
+    """The largest of ``least`` to ``most`` that fits, sought from ``guess`` step by step; 0 if none does."""
+    batch = min(max(guess, least), most)
+    if fits(batch):
+        while batch < most and fits(batch + 1):
+            batch += 1
+        return batch
+    return next((smaller for smaller in range(batch - 1, least - 1, -1) if fits(smaller)), 0)
+
+
+MEASURES = {'cost': measure_cost, 'in-turn': measure_in_turn, 'fits': measure_fits}
+
+
+def main() -> None:
+    MMLogger.get_instance('benchmark', log_level='ERROR')
+    given, target = map(Path, sys.argv[1:])
+    job = json.loads(given.read_text())
+    importlib.import_module(f'{Config.fromfile(job["cases"][0]["config"]).default_scope}.models')
+    with open(job['lock'], 'w') as lock:
+        # Until it is its turn, a process only loads libraries, and leaves device and processor to others.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        target.write_text(json.dumps(MEASURES[job['measure']](job['cases'])))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Runs what is missing in benchmarks/results/ on one GPU. What is in the files already is not repeated.
+#
+# usage: benchmarks/reproduce.sh [PART...]   (default: all, what is wanted most first)
+#   amp       memory and time of steps under --amp: the tables of README.md and docs/memory.md
+#   fits      the largest batch by the memory of a card
+#   accuracy  all methods on the small sets: rates on held-out images, then three seeds
+#   variants  variants of E³VA on the small sets, likewise
+#   seeds     six more seeds of what matters, and folds of BCCD
+#   guard     what the fast options do to accuracy
+#   backbones other backbones on the small sets
+#   cost      memory and time in fp32, of plain ViTs, of all methods and of mixers
+#   steps     steps of all methods in turn
+# LIMIT      seconds; nothing is started after them, and what then still runs is stopped (default: no limit)
+# PYTHON     interpreter (default: .venv/bin/python)
+# JOBS       trainings at a time (default: 12, which keeps 16 cores busy). Processes take turns on a GPU, launch gaps
+#            included, unless CUDA MPS serves them (nvidia-cuda-mps-control -d): on an H200, a step of the nuclei's
+#            Mask R-CNN took 2.3 s beside 11 like it without MPS (rates.json), 0.6 s beside 11 others with it.
+# COMMIT     recorded in the results (default: asked of git)
+# For trainings, data/camvid, data/bccd, data/nuclei and data/weights have to be there.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+limit=${LIMIT:-1000000}
+python=${PYTHON:-.venv/bin/python}
+commit=(${COMMIT:+--commit "$COMMIT"})
+missing=0
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}  # also without `pip install -e .`
+results=benchmarks/results
+rates=$results/rates.json
+
+run() {  # script and arguments
+    local left=$((limit - SECONDS))
+    [ "$left" -gt 0 ] || { missing=1; return; }
+    timeout --kill-after 2 "$left" "$python" "$@" "${commit[@]}" --time-limit $((left > 30 ? left - 15 : left)) || missing=1
+}
+train() {  # name of the result, options
+    run benchmarks/grid.py --jobs "${JOBS:-12}" --cfg-options train_dataloader.num_workers=2 val_dataloader.num_workers=2 \
+        --work-dir "work_dirs/$1" --out "$results/$1.json" "${@:2}"
+}
+choose() { train rates --train-args amp --held-out --schedule 0.5 "$@"; }
+report() { train small_sets --train-args amp --rates-from $rates "$@"; }
+measure() { run benchmarks/cost.py --out "$results/$1.json" --jobs 3 "${@:2}"; }
+
+wide=e3va+rank4+mixer96
+compared=(frozen e3va full mona adapter lora)
+others=(bitfit normtuning partial adaptformer lorand lst dtl)
+merged=(--cfg-options optim_wrapper.constructor=MergedGroupsConstructor)
+camvid=configs/camvid/swin-nano_upernet_1xb16-600_camvid-352x480.py
+bccd=configs/bccd/retinanet_swin-nano_fpn_1xb8-400_bccd.py
+nuclei=configs/nuclei/mask-rcnn_swin-nano_fpn_1xb8-300_nuclei.py
+
+on_tasks() {  # name of the result, options
+    measure "$@" --tasks upernet retinanet --sizes l
+    measure "$@" --tasks cascade-mask-rcnn --sizes b
+}
+
+amp() {
+    on_tasks amp --precisions amp-fp16 --batch-sizes 8 --steps 10 --warmup 3 "${merged[@]}" \
+        --methods full full+checkpointed lora mona frozen e3va e3va+bf16 e3va+bf16+taps-float8{,+sampled}
+}
+
+fits() {
+    on_tasks fits --measure fits --precisions amp-fp16 "${merged[@]}" \
+        --methods full lora frozen e3va+bf16 e3va+bf16+taps-float8+sampled
+}
+
+# Three rates each, and on BCCD two more seeds for the better two; CamVid's rates are one step higher, since its best was the
+# highest of the others' three for every method.
+accuracy() {
+    local methods=("${compared[@]}" "${others[@]}" e3va+mixer e3va+rank16)
+    choose --seeds 0 --datasets bccd nuclei --learning-rates 3e-4 1e-3 3e-3 --methods "${methods[@]}"
+    choose --seeds 0 --datasets camvid --learning-rates 1e-3 3e-3 1e-2 --methods "${methods[@]}"
+    choose --seeds 1 2 --datasets bccd --rates-from $rates --candidates 2 --methods "${methods[@]}"
+    report --methods "${methods[@]}"
+}
+
+# At one rate by three seeds, and the better ones in full.
+variants() {
+    choose --learning-rates 1e-2 --datasets camvid --methods e3va+mixer96{,+kaiming,+rate03} $wide{,+graph1} \
+        e3va+rank4+mixer192
+    choose --learning-rates 1e-3 --datasets bccd nuclei --methods e3va+mixer96{,+kaiming}+rate3 e3va+mixer96+rate{10,30} \
+        $wide{,+graph1}+rate10 e3va+rate10 e3va+rank4+mixer192+rate10
+    report --datasets camvid --methods e3va+mixer96 $wide{,+graph1} e3va+rank4+mixer192
+    report --datasets bccd nuclei --methods $wide{,+graph1}+rate10 e3va+mixer96+rate10
+    report --datasets nuclei --methods e3va+mixer96+rate3
+}
+
+seeds() {
+    more() { train more_seeds --train-args amp --seeds 3 4 5 6 7 8 --rates-from $rates --datasets "$1" --methods "${@:2}"; }
+    more bccd "${compared[@]}" e3va+mixer96+rate10 $wide{,+graph1}+rate10
+    more camvid frozen e3va full mona adapter $wide{,+graph1}
+    more nuclei e3va full mona $wide{,+graph1}+rate10
+    folds() { train folds --train-args amp --datasets bccd --held-out --folds 0 1 2 3 4 --learning-rates 1e-3 "$@"; }
+    folds --seeds 0 1 2 --methods mona $wide+graph1+rate10
+    folds --seeds 0 --methods $wide+{mixrate10,rate10,rate3} $wide+graph1+rate3 $wide+graph2+rate{3,10}
+}
+
+# In fp32 but for what the options change.
+guard() {
+    local methods=(e3va e3va+bf16 e3va+bf16+taps-float8{,+sampled})
+    train guard --datasets camvid --learning-rates 3e-3 --methods "${methods[@]}"
+    train guard --datasets bccd --learning-rates 3e-4 --methods "${methods[@]}"
+}
+
+backbones() { train backbones --train-args amp --backbones vit-tiny efficientnet-lite0 --datasets camvid bccd; }
+
+on_set() {  # name of the result, images, config, options
+    measure "$1" --tasks --configs "$3" --data real --batch-sizes "$2" --precisions amp-fp16 "${@:4}"
+}
+
+cost() {
+    on_tasks cost_swin --profile --batch-sizes 8 --steps 5 --warmup 2 --methods full full+checkpointed frozen e3va e3va+bf16 \
+        e3va+bf16+taps-float8{,+sampled} e3va+bf16+mixer
+    on_tasks cost_swin --batch-sizes 2 --steps 5 --warmup 2 --methods full frozen e3va+bf16 e3va+bf16+taps-float8
+    measure cost_dinov2 --batch-sizes 2 --image-sizes 512x512 896x896 --steps 5 --warmup 2 --tasks \
+        --configs configs/ade20k/dinov2-{l,g}_upernet_8xb2-160k_ade20k-512x512.py \
+        --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full
+    measure cost_methods --tasks upernet --sizes l --batch-sizes 2 --steps 10 --warmup 3 "${merged[@]}" \
+        --methods e3va+bf16 "${compared[@]}" "${others[@]}"
+    measure cost_mixers --profile --tasks upernet --sizes l --batch-sizes 2 --steps 10 --warmup 3 "${merged[@]}" --repeats 2 \
+        --methods e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1} mona
+    measure cost_mixers --profile --tasks retinanet --sizes l --batch-sizes 8 --steps 10 --warmup 3 "${merged[@]}" \
+        --methods e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1}
+    for set in "16 $camvid" "8 $bccd" "8 $nuclei"; do
+        # shellcheck disable=SC2086
+        on_set cost_small_sets $set --methods "${compared[@]}" "${others[@]}"
+        # shellcheck disable=SC2086
+        on_set cost_mixers $set --profile --methods e3va $wide{,+graph1} mona
+    done
+    on_set cost_groups 8 $bccd --cfg-options optim_wrapper.constructor=DefaultOptimWrapperConstructor --methods e3va mona full
+    on_set cost_groups 8 $bccd "${merged[@]}" --methods e3va mona full
+}
+
+# The first method is the one that the others are compared with; what the bound is about, three times.
+steps() {
+    local mixers=(e3va $wide{,+graph1}) large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1} mona frozen full)
+    in_turn() { measure steps --measure in-turn "$@"; }
+    for set in "8 $bccd 40" "16 $camvid 40" "8 $nuclei 25"; do
+        read -r images config steps <<<"$set"
+        local options=(--tasks --configs "$config" --data real --batch-sizes "$images" --precisions amp-fp16 --steps "$steps")
+        in_turn "${options[@]}" --methods "${mixers[@]}" "${compared[@]}" "${others[@]}" e3va+{rank16,mixer,mixer96}
+        in_turn "${options[@]}" --methods "${mixers[@]}" mona full --repeats 3
+    done
+    in_turn --tasks upernet --sizes l --batch-sizes 2 --steps 30 "${merged[@]}" --methods "${large[@]}"
+    in_turn --tasks retinanet --sizes l --batch-sizes 8 --steps 12 "${merged[@]}" --methods "${large[@]}"
+}
+
+parts='amp fits accuracy variants seeds guard backbones cost steps'
+for part in ${*:-$parts}; do
+    [[ " $parts " == *" $part "* ]] || { echo "unknown part $part; known are $parts" >&2; exit 2; }
+    "$part"
+done
+[ $missing = 0 ] && echo 'results are complete' || { echo 'results are not complete: run this again'; exit 1; }

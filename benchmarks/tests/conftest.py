@@ -1,0 +1,33 @@
+"""Shared pieces: the scripts as one runs them, and the generated data set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.training import ROOT
+from e3va_mm.datasets.shapes import write_shapes
+
+
+def script(*command, ok=True) -> str:
+    """Runs a script of the repository; returns all that it printed."""
+    call = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert (call.returncode == 0) == ok, call.stdout[-3000:]
+    return call.stdout
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory) -> Path:
+    """8 + 4 images of 64 x 64."""
+    root = tmp_path_factory.mktemp('shapes')
+    write_shapes(root, image_size=64, splits={'train': 8, 'val': 4})
+    return root

@@ -1,0 +1,47 @@
+"""The commands of benchmarks/reproduce.sh name what exists, and it stops in time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import cost, grid
+from benchmarks.training import ROOT
+
+
+def call_reproduce(tmp_path, *parts, **variables):
+    """The commands that benchmarks/reproduce.sh runs, and its own result."""
+    stub = tmp_path / 'python'
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    stub.chmod(0o755)
+    environment = {**os.environ, 'PYTHON': str(stub), 'COMMIT': 'abc', **variables}
+    command = ['benchmarks/reproduce.sh', *parts]
+    call = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    calls = tmp_path / 'calls'
+    return call, [line.split() for line in calls.read_text().splitlines()] if calls.is_file() else []
+
+
+def test_what_reproduce_runs_exists(tmp_path, monkeypatch):
+    call, commands = call_reproduce(tmp_path)
+    assert call.returncode == 0 and 'results are complete' in call.stdout and not call.stderr
+    assert {command[0] for command in commands} == {'benchmarks/grid.py', 'benchmarks/cost.py'}
+    for command in commands:
+        monkeypatch.setattr(sys, 'argv', command)
+        if command[0] == 'benchmarks/cost.py':
+            assert all(Path(ROOT, case['config']).is_file() for case in cost.plan(cost.parse_args()).values())
+            continue
+        args = grid.parse_args()
+        assert args.commit == 'abc'
+        args.held_out, args.rates_from = False, None
+        assert grid.plan(args)
+
+
+def test_a_part_of_it(tmp_path):
+    call, commands = call_reproduce(tmp_path, 'fits')
+    assert call.returncode == 0 and len(commands) == 2 and all('benchmarks/results/fits.json' in c for c in commands)
+    assert call_reproduce(tmp_path, 'everything')[0].returncode == 2
+
+
+def test_reproduce_in_no_time(tmp_path):
+    call, commands = call_reproduce(tmp_path, LIMIT='0')
+    assert (call.returncode, commands) == (1, []) and 'run this again' in call.stdout
