@@ -93,7 +93,7 @@ seeds() {
     more nuclei e3va full mona $wide{,+graph1}+rate10
     folds() { train folds --train-args amp --datasets bccd --held-out --folds 0 1 2 3 4 --learning-rates 1e-3 "$@"; }
     folds --seeds 0 1 2 --methods mona $wide+graph1+rate10
-    folds --seeds 0 --methods $wide+{mixrate10,rate10,rate3} $wide+graph1+rate3 $wide+graph2+rate{3,10}
+    folds --seeds 0 --methods $wide+{mixrate10,rate10,rate3} $wide+graph1+rate{5,20} $wide+graph2+rate5
 }
 
 # In fp32 but for what the options change.
