@@ -12,8 +12,8 @@ setup:  ## make .venv ready (torch, mmcv with ops, mmdet, mmseg); quick the seco
 demo: setup  ## train frozen and E3VA on generated data, then show a table and pictures
 	$(PYTHON_BIN) tools/demo.py
 
-test: setup  ## run the tests
-	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest
+test: setup  ## run the tests, and print the package's coverage
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --cov=e3va_mm --cov-report=term
 
 lint: setup  ## check style
 	$(PYTHON_BIN) -m ruff check .
@@ -25,9 +25,9 @@ format: setup  ## fix style
 
 # Seconds a step on two cores; BENCHMARK='--tasks upernet --sizes l --batch-sizes 2 8' for a GPU.
 BENCHMARK ?= --tasks retinanet --sizes t --image-sizes 256x448 --steps 5 --warmup 1
-benchmark: setup  ## memory and time of training steps: table and plots in work_dirs/benchmark
+benchmark: setup  ## memory and time of training steps: a table
 	$(PYTHON_BIN) benchmarks/cost.py --out work_dirs/benchmark/results.json $(BENCHMARK)
-	$(PYTHON_BIN) benchmarks/cost_tables.py work_dirs/benchmark/results.json --plots work_dirs/benchmark
+	$(PYTHON_BIN) benchmarks/summarize.py work_dirs/benchmark/results.json
 
 results: setup  ## on a GPU: run what is missing in benchmarks/results/, from data/; takes hours, and goes on where it stopped
 	benchmarks/reproduce.sh

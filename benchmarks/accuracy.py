@@ -1,21 +1,12 @@
-#!/usr/bin/env python
-"""Prints the Markdown table of a result file from tools/run_grid.py: mean ± standard deviation over the seeds."""
+"""Tables of what benchmarks/grid.py has trained: mean ± standard deviation over the seeds."""
 
-import argparse
-import itertools
-import json
+from __future__ import annotations
+
 import statistics
-from collections.abc import Collection
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
-import numpy as np
-from scipy.optimize import isotonic_regression
-
-from benchmarks.methods import without_rates
+from benchmarks.formats import table
+from benchmarks.methods import label
 
 BACKBONES = ('vit-tiny', 'efficientnet-lite0')  # those that are named beside the data set
 # Task or data set as in the config's name, the metric that is shown, and the factor that makes it a percentage.
@@ -26,25 +17,31 @@ METRICS = {
     'shapes-96x96': ('mIoU', 1),
     'shapes': ('coco/bbox_mAP', 100),
 }
-NAMES = {'e3va': 'E³VA'}
-# Twelve that are told apart when printed; E³VA and its variants have them again, filled with grey.
-MARKERS = 'osD^vP*<>dpX'
+
+Groups = dict[str, dict[str, list[dict]]]
 
 
-def group_runs(content: dict) -> dict[str, dict[str, list[dict]]]:
-    """The runs by data set and method, both in the order of the file's methods."""
+def group_runs(*contents: dict) -> Groups:
+    """The runs of result files by data set and method, both in the order of the tables."""
     names = [name + backbone for name in METRICS for backbone in ('', *(f', {backbone}' for backbone in BACKBONES))]
-    groups: dict[str, dict[str, list[dict]]] = {name: {} for name in names}
-    for run in content['runs'].values():
+    groups: Groups = {name: {} for name in names}
+    for run in {name: run for content in contents for name, run in content['runs'].items()}.values():
         groups[dataset_of(run['config'])].setdefault(run['method'], []).append(run)
-    return {dataset: methods for dataset, methods in groups.items() if methods}
+    return {name: dict(sorted(methods.items(), key=_order)) for name, methods in groups.items() if methods}
 
 
-def without_variants(content: dict, kept: Collection[str]) -> dict:
-    """What a result file holds, but of the variants of E³VA only ``kept``."""
-    runs = content['runs'].items()
-    shown = {name: run for name, run in runs if not run['method'].startswith('e3va+') or run['method'] in kept}
-    return {**content, 'runs': shown}
+def _order(item: tuple[str, list[dict]]) -> tuple:
+    """Frozen first, full last, the others by their trained parameters, E³VA's variants together."""
+    method, runs = item
+    return (method == 'full') - (method == 'frozen'), method.startswith('e3va'), trained_parameters(runs[0]), method
+
+
+def with_more_seeds(groups: Groups) -> Groups:
+    """Those methods that have more seeds than three on a data set."""
+    return {
+        name: {method: runs for method, runs in methods.items() if max(run['seed'] for run in runs) > 2}
+        for name, methods in groups.items()
+    }
 
 
 def dataset_of(config: str) -> str:
@@ -73,44 +70,6 @@ def trained_parameters(run: dict) -> int:
     return sum(parts[part]['trainable'] for part in ('backbone', 'highway') if part in parts)
 
 
-def summarize(content: dict, alone: dict[tuple[str, str], float] | None = None) -> str:
-    """The table as text; a row a data set and method (and learning rate, if there are several), with its seeds.
-
-    Args:
-        content: of the result file.
-        alone: seconds of a step by data set and method, for runs that shared the device, whose own say nothing.
-    """
-    lines = [
-        '| data set | method | metric (%) | seeds | trained in the backbone | peak memory | step | checkpoint |',
-        '|---|---|---|---|---|---|---|---|',
-    ]
-    for dataset, methods in group_runs(content).items():
-        for method, runs in sorted(methods.items(), key=_order):
-            by_rate: dict[float | None, list[dict]] = {}
-            for run in runs:
-                by_rate.setdefault(run.get('learning_rate'), []).append(run)
-            for rate, group in sorted(by_rate.items(), key=lambda item: item[0] or 0):
-                label = NAMES.get(method, method) + (f', rate {rate:g}' if rate and len(by_rate) > 1 else '')
-                seconds = _step_seconds(group) or (alone or {}).get((dataset, without_rates(method)))
-                lines.append(_row(dataset, label, group, seconds))
-    return '\n'.join(lines)
-
-
-def pivot(content: dict) -> str:
-    """The table as text; a row a method, and a column a data set with the metric and the peak memory."""
-    groups = group_runs(content)
-    titles = [f'{dataset}: {metric_of(dataset)[0].split("/")[-1]} (%), memory' for dataset in groups]
-    lines = ['| method | trained in the backbone | ' + ' | '.join(titles) + ' |', '|---' * (2 + len(groups)) + '|']
-    for method, runs in _ordered(groups).items():
-        cells = [_cell(dataset, methods[method]) if method in methods else '' for dataset, methods in groups.items()]
-        lines.append(f'| {NAMES.get(method, method)} | {trained_parameters(runs[0]):,} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
-
-
-def _cell(dataset: str, runs: list[dict]) -> str:
-    return f'{_format_mean(dataset, runs)}, {peak_memory(runs):.0f} MiB'
-
-
 def mean_and_spread(dataset: str, runs: list[dict]) -> tuple[float, float]:
     """Mean and standard deviation (0 of a single run) over the seeds.
 
@@ -123,98 +82,39 @@ def mean_and_spread(dataset: str, runs: list[dict]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _format_mean(dataset: str, runs: list[dict]) -> str:
+def format_mean(dataset: str, runs: list[dict]) -> str:
     mean, spread = mean_and_spread(dataset, runs)
     return f'{mean:.1f} ± {spread:.1f}' if len(runs) > 1 else f'{mean:.1f}'
 
 
-def _ordered(groups: dict[str, dict[str, list[dict]]]) -> dict[str, list[dict]]:
-    """The methods of all data sets in the order of the tables, each with its runs on one of them."""
-    return dict(sorted((item for methods in groups.values() for item in methods.items()), key=_order))
+def format_runs(groups: Groups) -> str:
+    """A row a data set and method (and learning rate, if there are several)."""
+    rows = []
+    for dataset, methods in groups.items():
+        metric = metric_of(dataset)[0].split('/')[-1]
+        for method, runs in methods.items():
+            by_rate = runs_by_rate(runs)
+            for rate, group in by_rate.items():
+                name = label(method) + (f', rate {rate:g}' if len(by_rate) > 1 else '')
+                value = f'{metric} {format_mean(dataset, group)}'
+                checkpoint = f'{group[0]["report"]["checkpoint_bytes"] / 2**20:.0f} MiB'
+                size, memory = f'{trained_parameters(group[0]):,}', f'{peak_memory(group):.0f} MiB'
+                rows.append((dataset, name, value, len(group), size, memory, checkpoint))
+    titles = ('data set', 'method', 'metric (%)', 'runs', 'trained in the backbone', 'peak memory', 'checkpoint')
+    return table(titles, rows)
 
 
-def _order(item: tuple[str, list[dict]]) -> tuple:
-    """Frozen first, full last, the others by their trained parameters, E³VA's variants together."""
-    method, runs = item
-    return (method == 'full') - (method == 'frozen'), method.startswith('e3va'), trained_parameters(runs[0]), method
+def runs_by_rate(runs: list[dict]) -> dict[float | None, list[dict]]:
+    by_rate: dict[float | None, list[dict]] = {}
+    for run in sorted(runs, key=lambda run: run.get('learning_rate') or 0):
+        by_rate.setdefault(run.get('learning_rate'), []).append(run)
+    return by_rate
 
 
-def _step_seconds(runs: list[dict]) -> float | None:
-    """The median step of runs that each had the device to itself."""
-    if any(run['jobs'] > 1 for run in runs):
-        return None
-    return statistics.median(run['report']['step_seconds_median'] for run in runs)
-
-
-def _row(dataset: str, label: str, runs: list[dict], step_seconds: float | None) -> str:
-    report = runs[0]['report']
-    step = f'{1000 * step_seconds:.0f} ms' if step_seconds else ''
-    return (
-        f'| {dataset} | {label} | {metric_of(dataset)[0].split("/")[-1]} '
-        f'{_format_mean(dataset, runs)} | {len(runs)} | {trained_parameters(runs[0]):,} | '
-        f'{peak_memory(runs):.0f} MiB | {step} | {report["checkpoint_bytes"] / 2**20:.0f} MiB |'
+def lead(dataset: str, runs: list[dict], others: list[dict]) -> tuple[float, float]:
+    """The mean lead over others on the same seeds and folds, and its standard error."""
+    own, other = (
+        {(run['seed'], run.get('fold')): values_of(dataset, [run])[0] for run in group} for group in (runs, others)
     )
-
-
-def draw(content: dict, target: Path) -> None:
-    """Accuracy against training memory, a panel a data set and a point a method; those of equal memory side by side."""
-    groups = group_runs(content)
-    styles = _styles(list(_ordered(groups)))
-    figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 5), layout='constrained', squeeze=False)
-    for axis, (dataset, methods) in zip(axes[0], groups.items()):
-        places = _side_by_side({method: peak_memory(runs) for method, runs in methods.items()})
-        for method, runs in sorted(methods.items(), key=_order):
-            axis.errorbar(
-                places[method],
-                *mean_and_spread(dataset, runs),
-                **styles[method],
-                label=NAMES.get(method, method),
-                linestyle='none',
-                color='black',
-                markersize=7,
-                capsize=3,
-            )
-        axis.set_title(dataset)
-        axis.set_xlabel(f'peak memory in training (MiB, {runs[0]["report"]["peak_memory_kind"]})')
-        axis.set_ylabel(f'{metric_of(dataset)[0].split("/")[-1]} (%)')
-        axis.grid(alpha=0.3)
-    # Below the panels, where it hides no point; a method that is in several panels once.
-    entries = {name: entry for axis in axes[0] for entry, name in zip(*axis.get_legend_handles_labels())}
-    names = [NAMES.get(method, method) for method in styles]
-    figure.legend(
-        [entries[name] for name in names], names, loc='outside lower center', ncols=2 * len(groups), fontsize=9
-    )
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
-
-
-def _styles(methods: list[str]) -> dict[str, dict[str, str]]:
-    """A marker and its fill for each method, the same in all panels."""
-    variants = [method for method in methods if method.startswith('e3va')]
-    others = [method for method in methods if method not in variants]
-    styles = {}
-    for family, fill in ((others, 'white'), (variants, '0.6')):
-        for method, marker in zip(family, itertools.cycle(MARKERS)):
-            styles[method] = dict(marker=marker, markerfacecolor=fill)
-    if 'full' in styles:
-        styles['full']['markerfacecolor'] = 'black'
-    return styles
-
-
-def _side_by_side(places: dict[str, float]) -> dict[str, float]:
-    """The nearest places with at least a sixtieth of the range between neighbours, so that equal ones stay centred."""
-    methods = sorted(places, key=places.get)
-    exact = np.array([places[method] for method in methods])
-    distances = (exact[-1] - exact[0]) / 60 * np.arange(len(exact))
-    return dict(zip(methods, (isotonic_regression(exact - distances).x + distances).tolist()))
-
-
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('results', nargs='?', default='results/small_sets.json')
-    parser.add_argument('--plot', help='also draw accuracy against training memory into this file')
-    args = parser.parse_args()
-    loaded = json.loads(Path(args.results).read_text())
-    print(summarize(loaded))
-    if args.plot:
-        draw(loaded, Path(args.plot))
+    leads = [own[key] - other[key] for key in own.keys() & other.keys()]
+    return statistics.mean(leads), statistics.stdev(leads) / len(leads) ** 0.5

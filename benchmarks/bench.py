@@ -23,8 +23,8 @@ class Bench:
     batches are drawn from the same seeds, and the learning rate is 0: the optimizer does its work, the weights stay.
 
     Args:
-        case: ``config``, ``backbone`` (overrides; ``type`` wraps), ``precision``, ``image_size`` (H, W), ``data``
-            ('synthetic' or 'real') and ``cfg_options``.
+        case: ``config``, ``backbone`` (see :func:`benchmarks.methods.backbone_of`), ``precision``, ``image_size``
+            (H, W), ``data`` ('synthetic' or 'real') and ``cfg_options``.
     """
 
     def __init__(self, case: dict) -> None:
@@ -96,8 +96,8 @@ class Bench:
         return time.perf_counter()
 
 
-def set_backbone(config: Config, backbone: dict) -> None:
-    """Changes the stock backbone by ``backbone``, or wraps it if that names a ``type``.
+def set_backbone(config: Config, changes: dict[str, object]) -> None:
+    """Changes the stock backbone by dotted keys, or wraps it if they name a ``type``.
 
     No weights are loaded or drawn but those of the constructors: what they are does not change what a step costs.
     """
@@ -105,10 +105,9 @@ def set_backbone(config: Config, backbone: dict) -> None:
     stock.init_cfg = None
     for name in ('pretrained', 'checkpoint'):
         stock.pop(name, None)
-    if 'type' in backbone:
-        config.model.backbone = dict(backbone, backbone=stock)
-    else:
-        stock.update(backbone)
+    if 'type' in changes:
+        config.model.backbone = dict(type=changes['type'], backbone=stock)
+    config.merge_from_dict({f'model.backbone.{key}': value for key, value in changes.items()})
 
 
 def real_batch(config: Config, batch_size: int, _) -> dict:

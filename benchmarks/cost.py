@@ -56,8 +56,6 @@ def parse_args() -> argparse.Namespace:
     add('--repeats', type=int, default=1, help='times that each case is run')
     add('--cards', nargs='+', type=int, default=[8, 12, 16, 24, 80], help='fits: memory of cards in GB')
     add('--most-images', type=int, default=32, help='fits: no larger batch is tried')
-    add('--memory-cap', type=float, help='cost: GiB that PyTorch may allocate (CUDA)')
-    add('--profile', action='store_true', help='cost: also list the kernels that take the most time')
     add('--jobs', type=int, default=1, help='processes; one measures, others load libraries')
     add('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides of all configs')
     add('--time-limit', type=float, default=float('inf'), help='seconds; none is started after them')
@@ -98,7 +96,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     grid = itertools.product(models(args), args.precisions, args.image_sizes or [None], batches, args.methods, packages)
     for (model, config, default_size), precision, image_size, batch, method, (label, folder) in grid:
         height, width = image_size or default_size
-        extra = (f', {args.memory_cap} GiB' if args.memory_cap else '') + (f', {label}' if label else '')
+        extra = f', {label}' if label else ''
         cases[f'{model}, {height}x{width}, batch {batch}, {precision}, {method}, {args.data}{extra}'] = {
             'model': model,
             'config': config,
@@ -110,7 +108,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
             'data': args.data,
             'package': label,
             'folder': folder,
-            **{key: getattr(args, key) for key in ('memory_cap', 'steps', 'warmup', 'cfg_options', 'profile')},
+            **{key: getattr(args, key) for key in ('steps', 'warmup', 'cfg_options')},
             **({'cards': args.cards, 'most_images': args.most_images} if args.measure == 'fits' else {}),
         }
     return cases
@@ -154,15 +152,11 @@ def run_job(measure: str, cases: list[dict], lock: str) -> list[dict] | str:
 
 def main() -> None:
     args = parse_args()
-    out, cases = Path(args.out), plan(args)
-    content = load(out, cases)
-    missing = [
-        job
-        for repeat in range(args.repeats)
-        for job in jobs_of(cases, args.measure)
-        if any(len(content['cases'][name]['runs']) <= repeat for name in job)
-    ]
-    failed, started = 0, time.monotonic()
+    out, cases, failed, started = Path(args.out), plan(args), 0, time.monotonic()
+    content = json.loads(out.read_text()) if out.is_file() else {'cases': {}}
+    counts = {name: len(content['cases'].get(name, {}).get('runs', ())) for name in cases}
+    jobs = jobs_of(cases, args.measure)
+    missing = [job for repeat in range(args.repeats) for job in jobs if min(map(counts.get, job)) <= repeat]
 
     def run(job: list[str]) -> list[dict] | str | None:
         if time.monotonic() - started > args.time_limit:
@@ -179,34 +173,22 @@ def main() -> None:
                 continue
             for name, result in zip(job, runs):
                 print(f'{name}: {describe(result)}', flush=True)
-                content['cases'][name]['runs'].append(result)
-                content['cases'][name].update(provenance(args.commit))
-            save(content, out)
+                # Folders of the machine say nothing to others.
+                known = {**cases[name], 'config': Path(cases[name]['config']).name, 'folder': None, 'runs': []}
+                case = content['cases'].setdefault(name, known)
+                case['runs'].append(result)
+                case.update(provenance(args.commit))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(content, indent=1) + '\n')
     if failed:
         sys.exit(f'{failed} measurements failed; what ran is in {out}')
-
-
-def load(out: Path, cases: dict[str, dict]) -> dict:
-    """What the result file holds, and the cases that it does not have yet."""
-    content = json.loads(out.read_text()) if out.is_file() else {'cases': {}}
-    for name, case in cases.items():
-        # Folders of the machine say nothing to others.
-        public = {key: value for key, value in case.items() if key != 'folder'}
-        content['cases'].setdefault(name, {**public, 'config': Path(case['config']).name, 'runs': []})
-    return content
-
-
-def save(content: dict, out: Path) -> None:
-    measured = {name: case for name, case in content['cases'].items() if case['runs']}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({'cases': measured}, indent=1) + '\n')
 
 
 def describe(result: dict) -> str:
     if 'largest' in result:
         return ', '.join(f'{images} images in {card} GB' for card, images in result['largest'].items())
-    if result.get('out_of_memory'):
-        return f'batch {result["batch_size"]} does not fit'
+    if 'out_of_memory' in result:
+        return 'does not fit'
     what = f'{result["of_first"]:.2f} of the first' if 'of_first' in result else f'{result["peak_memory_mib"]:.0f} MiB'
     return f'{1000 * result["step_seconds"]:.1f} ms, {what}'
 

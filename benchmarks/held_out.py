@@ -13,8 +13,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-import e3va_mm  # noqa: F401  (makes configs that derive from `mmseg::` loadable)
-from benchmarks.accuracy import group_runs, values_of
+from benchmarks.accuracy import group_runs, runs_by_rate, values_of
 from benchmarks.training import ROOT
 
 FOLDS = range(5)
@@ -39,7 +38,11 @@ def hold_out(config: str, fold: int = FOLDS[-1]) -> list[str]:
     if not root.is_dir():
         raise FileNotFoundError(f'train_dataloader.dataset.data_root={dataset.data_root!r} of {config} is no folder')
     (root / 'held_out').mkdir(exist_ok=True)
-    train, val = _WRITERS[dataset.type](dataset, root, fold)
+    suffix = 'json' if dataset.type == 'CocoDataset' else 'txt'
+    # A fold of its own has files of its own, so that grids of several can run beside one another.
+    train, val = paths = [f'held_out/fold{fold}_{part}.{suffix}' for part in ('train', 'val')]
+    for path, text in zip(paths, _PARTS[dataset.type](dataset, root, fold)):
+        (root / path).write_text(text)
     options = [f'train_dataloader.dataset.ann_file={train}', f'val_dataloader.dataset.ann_file={val}']
     options += [f'val_dataloader.dataset.data_prefix.{key}={value}' for key, value in dataset.data_prefix.items()]
     if dataset.type == 'CocoDataset':
@@ -53,10 +56,7 @@ def ranked_rates(content: dict) -> dict[tuple[str, str], list[float]]:
     ranked = {}
     for dataset, methods in group_runs(content).items():
         for method, runs in methods.items():
-            values: dict[float, list[float]] = {}
-            for run in runs:
-                if run.get('learning_rate'):
-                    values.setdefault(run['learning_rate'], []).extend(values_of(dataset, [run]))
+            values = {rate: values_of(dataset, own) for rate, own in runs_by_rate(runs).items() if rate}
             if values:
                 ranked[dataset, method] = sorted(
                     values, key=lambda rate: (-len(values[rate]), -statistics.mean(values[rate]), rate)
@@ -69,34 +69,24 @@ def _split(items: list, fold: int) -> tuple[list, list]:
     return items[:start] + items[stop:], items[start:stop]
 
 
-def _paths(fold: int, suffix: str) -> list[str]:
-    """Of the two parts; a fold of its own has files of its own, so that grids of several can run beside one another."""
-    return [f'held_out/fold{fold}_{part}.{suffix}' for part in ('train', 'val')]
+def _parts_of_names(names: list[str], fold: int) -> list[str]:
+    return ['\n'.join(part) + '\n' for part in _split(sorted(names), fold)]
 
 
-def _write_names(root: Path, names: list[str], fold: int) -> list[str]:
-    paths = _paths(fold, 'txt')
-    for path, part in zip(paths, _split(sorted(names), fold)):
-        (root / path).write_text('\n'.join(part) + '\n')
-    return paths
-
-
-def _split_folder(dataset: dict, root: Path, fold: int) -> list[str]:
-    return _write_names(root, [path.stem for path in (root / dataset.data_prefix.img_path).iterdir()], fold)
-
-
-def _split_list(dataset: dict, root: Path, fold: int) -> list[str]:
-    return _write_names(root, (root / dataset.ann_file).read_text().split(), fold)
-
-
-def _split_coco(dataset: dict, root: Path, fold: int) -> list[str]:
+def _parts_of_coco(dataset: dict, root: Path, fold: int) -> list[str]:
     content = json.loads((root / dataset.ann_file).read_text())
-    paths = _paths(fold, 'json')
-    for path, images in zip(paths, _split(sorted(content['images'], key=lambda image: image['file_name']), fold)):
+    parts = []
+    for images in _split(sorted(content['images'], key=lambda image: image['file_name']), fold):
         ids = {image['id'] for image in images}
         annotations = [annotation for annotation in content['annotations'] if annotation['image_id'] in ids]
-        (root / path).write_text(json.dumps({**content, 'images': images, 'annotations': annotations}))
-    return paths
+        parts.append(json.dumps({**content, 'images': images, 'annotations': annotations}))
+    return parts
 
 
-_WRITERS = {'BaseSegDataset': _split_folder, 'VOCDataset': _split_list, 'CocoDataset': _split_coco}
+_PARTS = {
+    'BaseSegDataset': lambda dataset, root, fold: _parts_of_names(
+        [path.stem for path in (root / dataset.data_prefix.img_path).iterdir()], fold
+    ),
+    'VOCDataset': lambda dataset, root, fold: _parts_of_names((root / dataset.ann_file).read_text().split(), fold),
+    'CocoDataset': _parts_of_coco,
+}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib
-import itertools
 import json
 import random
 import statistics
@@ -25,58 +24,27 @@ TAKEN_GIB = 0.5
 
 
 def measure_cost(cases: list[dict]) -> list[dict]:
-    """Of one case: peak memory, the time of a step, and where both go."""
+    """Of one case: peak memory, the time of a step, and what the backbone keeps for the backward pass."""
     (case,) = cases
     bench = Bench(case)
-    if case['memory_cap']:
-        limit_memory(case['memory_cap'])
     try:
         bench.to_device()
         bench.load_batch(case['batch_size'])
         bench.warm_up(case['warmup'])
-        result = _cost_of(bench, case['steps'], case['profile'])
+        if bench.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+        seconds = [bench.timed_step() for _ in range(case['steps'])]
+        memory = {'peak_memory_mib': process_peak_bytes(), 'saved_in_backbone_mib': saved_bytes(bench)}
     except torch.OutOfMemoryError:
         return [{'batch_size': case['batch_size'], 'out_of_memory': True}]
-    speed = case['batch_size'] / result['step_seconds']
-    return [{'batch_size': case['batch_size'], **result, 'images_per_second': speed}]
-
-
-def _cost_of(bench: Bench, steps: int, profile: bool) -> dict:
-    cuda = bench.device.type == 'cuda'
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = [bench.timed_step() for _ in range(steps)]
-    result = {'peak_memory_mib': round(process_peak_bytes() / MIB, 1), **quartiles('step_seconds', seconds)}
-    if cuda:
-        result['peak_reserved_mib'] = round(torch.cuda.max_memory_reserved() / MIB, 1)
-    if profile:
-        result['most_time'] = most_time(bench)
-    result['saved_in_backbone_mib'] = round(saved_bytes(bench) / MIB, 1)
-    return {**result, 'phases': measure_phases(bench, steps)}
+    memory = {key: round(count / MIB, 1) for key, count in memory.items()}
+    return [{'batch_size': case['batch_size'], **memory, **quartiles('step_seconds', seconds)}]
 
 
 def quartiles(name: str, values: list[float]) -> dict:
     """The median as ``name``, and the quartiles around it."""
     low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
     return {name: median, f'{name}_quartiles': [low, high]}
-
-
-def most_time(bench: Bench, number: int = 20) -> list[dict]:
-    """The kernels (on a CPU, the operators) that take the most time of one step, and what all of them take."""
-    cuda = bench.device.type == 'cuda'
-    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profiler:
-        bench.step()
-        bench.synchronize()
-    seconds = {
-        event.key: ((event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6, event.count)
-        for event in profiler.key_averages()
-    }
-    # Calls into the CUDA runtime are listed too, without any time on the device.
-    seconds = {name: figures for name, figures in seconds.items() if figures[0]}
-    rows = sorted(seconds.items(), key=lambda item: -item[1][0])[:number]
-    total = (sum(time for time, _ in seconds.values()), sum(count for _, count in seconds.values()))
-    return [{'name': name[:120], 'seconds': t, 'calls': c} for name, (t, c) in [('all', total), *rows]]
 
 
 def saved_bytes(bench: Bench) -> int:
@@ -96,40 +64,6 @@ def saved_bytes(bench: Bench) -> int:
     return sum(kept.values())
 
 
-def measure_phases(bench: Bench, steps: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each phase and, on CUDA, the peak of allocated memory within it."""
-    rows = [_phases_of_a_step(bench) for _ in range(min(steps, 3))]
-    return {
-        phase: {key: statistics.median(row[phase][key] for row in rows) for key in rows[0][phase]} for phase in rows[0]
-    }
-
-
-def _phases_of_a_step(bench: Bench) -> dict[str, dict[str, float]]:
-    marks = [('start', bench.synchronize(), 0.0)]
-
-    def mark(phase: str) -> None:
-        cuda = bench.device.type == 'cuda'
-        marks.append((phase, bench.synchronize(), torch.cuda.max_memory_allocated() / MIB if cuda else 0.0))
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-
-    with bench.optim.optim_context(bench.model):
-        handle = bench.model.backbone.register_forward_hook(lambda *_: mark('backbone_forward'))
-        losses = bench.model(**bench.batch, mode='loss')
-        handle.remove()
-        mark('neck_and_head')
-    loss, _ = bench.model.parse_losses(losses)
-    bench.optim.backward(loss)
-    mark('backward')
-    bench.optim.step()
-    bench.optim.zero_grad()
-    mark('optimizer')
-    return {
-        name: {'seconds': now - before, 'peak_mib': peak}
-        for (_, before, _), (name, now, peak) in itertools.pairwise(marks)
-    }
-
-
 def measure_in_turn(cases: list[dict]) -> list[dict]:
     """Median and quartiles of each case's steps (seconds), and of their ratio to the first case's in the same round."""
     benches = [Bench(case) for case in cases]
@@ -144,13 +78,10 @@ def measure_in_turn(cases: list[dict]) -> list[dict]:
         draw.shuffle(order)
         for index in order:
             seconds[index].append(benches[index].timed_step())
+    of_first = [[one / first for one, first in zip(own, seconds[0])] for own in seconds]
     return [
-        {
-            'batch_size': case['batch_size'],
-            **quartiles('step_seconds', own),
-            **quartiles('of_first', [one / first for one, first in zip(own, seconds[0])]),
-        }
-        for case, own in zip(cases, seconds)
+        {'batch_size': case['batch_size'], **quartiles('step_seconds', own), **quartiles('of_first', ratios)}
+        for case, own, ratios in zip(cases, seconds, of_first)
     ]
 
 

@@ -5,33 +5,32 @@ A name is a method with any options appended: ``full+checkpointed``, ``adapter``
 
 from __future__ import annotations
 
-import copy
 import re
 
 TUNED = ('BitFit', 'NormTuning', 'Partial', 'Adapter', 'AdaptFormer', 'LoRA', 'LoRand', 'Mona', 'LST', 'DTL')
-# By default its precision depends on the device; rows of a table should not.
+# By default E³VA's precision depends on the device; rows of a table should not.
 METHODS = {
     'full': {},
-    'frozen': dict(type='TunedBackbone', method=dict(type='Frozen')),
-    'e3va': dict(type='E3VABackbone', frozen_dtype=None),
-    **{name.lower(): dict(type='TunedBackbone', method=dict(type=name)) for name in TUNED},
+    'frozen': {'type': 'TunedBackbone', 'method.type': 'Frozen'},
+    'e3va': {'type': 'E3VABackbone', 'frozen_dtype': None},
+    **{name.lower(): {'type': 'TunedBackbone', 'method.type': name} for name in TUNED},
 }
-# What an option changes in the backbone; ``N`` stands for the number that its name ends in.
+# What an option is called in tables and changes in the backbone; ``N`` is the number that its name ends in.
 OPTIONS = {
-    'checkpointed': dict(with_cp=True),
-    'bf16': dict(frozen_dtype='bfloat16'),
-    'fp16': dict(frozen_dtype='float16'),
-    'taps-bf16': dict(saved_dtype='bfloat16'),
-    'taps-float8': dict(saved_dtype='float8_e4m3fn'),
-    'sampled': dict(saved_fraction=0.125),
-    'kaiming': dict(init='kaiming'),
-    'mixer': dict(mixer=dict(width=32)),
-    'mixerN': dict(mixer=dict(width='N')),
-    'rankN': dict(adapter=dict(rank='N')),
-    'graphN': dict(graph_stages='N'),
+    'checkpointed': ('activation checkpointing', {'with_cp': True}),
+    'bf16': ('bf16', {'frozen_dtype': 'bfloat16'}),
+    'fp16': ('fp16', {'frozen_dtype': 'float16'}),
+    'taps-bf16': ('bf16 taps', {'saved_dtype': 'bfloat16'}),
+    'taps-float8': ('float8 taps', {'saved_dtype': 'float8_e4m3fn'}),
+    'sampled': ('an eighth of the tokens', {'saved_fraction': 0.125}),
+    'kaiming': ('Kaiming init', {'init': 'kaiming'}),
+    'mixer': ('mixers of width 32', {'mixer.width': 32}),
+    'mixerN': ('mixers of width {}', {'mixer.width': 'N'}),
+    'rankN': ('rank {}', {'adapter.rank': 'N'}),
+    'graphN': ('{} stage(s) in the graph', {'graph_stages': 'N'}),
 }
 # Parts of E³VA whose learning rate an option multiplies, in units of the head's: ``rate3`` by 3, ``rate03`` by 0.3.
-RATES = {'rateN': ('highway', 'mixers'), 'mixrateN': ('mixers',)}
+RATES = {'rateN': ('rate × {}', ('highway', 'mixers')), 'mixrateN': ("mixers' rate × {}", ('mixers',))}
 METHODS_HELP = f'any of {", ".join(METHODS)}; options, appended with +: {", ".join([*OPTIONS, *RATES])} (those of E³VA)'
 
 # Names in tables for people; what a variant is called there is said once, here.
@@ -47,38 +46,21 @@ LABELS = {
     'e3va+rank4+mixer96': 'E³VA + mixers',
     'e3va+rank4+mixer96+graph1': 'E³VA + mixers, last stage in the graph',
 }
-OPTION_LABELS = {
-    'bf16': 'bf16',
-    'fp16': 'fp16',
-    'taps-bf16': 'bf16 taps',
-    'taps-float8': 'float8 taps',
-    'sampled': 'an eighth of the tokens',
-    'kaiming': 'Kaiming init',
-    'mixer': 'mixers of width 32',
-    'mixerN': 'mixers of width {}',
-    'rankN': 'rank {}',
-    'graphN': '{} stage(s) in the graph',
-    'rateN': 'rate × {}',
-    'mixrateN': "mixers' rate × {}",
-}
 
 
-def label(method: str, rates: bool = True) -> str:
-    """How tables call a method; ``rates=False`` leaves out by what it multiplies the learning rate."""
+def label(method: str) -> str:
+    """How tables call a method."""
     if method in LABELS:
         return LABELS[method]
     name, *options = method.split('+')
-    shown = [option for option in options if rates or _pattern(option)[0] not in RATES]
-    if not shown:
-        return LABELS[name]
-    if len(shown) < len(options):
-        return label('+'.join([name, *shown]))
-    parts = (OPTION_LABELS[key].format(number) for key, number in map(_pattern, options))
-    return ', '.join([LABELS[name], *parts])
+    plain = without_rates(method)
+    named = [key for key in options if plain not in LABELS or _pattern(key)[0] in RATES]
+    parts = [{**OPTIONS, **RATES}[key][0].format(number) for key, number in map(_pattern, named)]
+    return ', '.join([LABELS.get(plain, LABELS[name]), *parts])
 
 
-def backbone_of(method: str) -> dict:
-    """What a method changes in the config's backbone: with a ``type`` it wraps the stock one, else it updates it.
+def backbone_of(method: str) -> dict[str, object]:
+    """What a method changes in the config's backbone, by dotted keys: with a ``type`` it wraps the stock one.
 
     Raises:
         ValueError: an unknown method or option; the message lists the known ones.
@@ -88,14 +70,10 @@ def backbone_of(method: str) -> dict:
     unknown = [name] * (name not in METHODS) + [key for key, _ in patterns if key not in OPTIONS]
     if unknown:
         raise ValueError(f'{unknown} in method {method!r}; known are {METHODS_HELP}')
-    backbone = copy.deepcopy(METHODS[name])
+    changes = dict(METHODS[name])
     for key, number in patterns:
-        for part, value in OPTIONS[key].items():
-            if isinstance(value, dict):
-                backbone.setdefault(part, {}).update({inner: _number(it, number) for inner, it in value.items()})
-            else:
-                backbone[part] = _number(value, number)
-    return backbone
+        changes.update((part, number if value == 'N' else value) for part, value in OPTIONS[key][1].items())
+    return changes
 
 
 def _pattern(option: str) -> tuple[str, float | None]:
@@ -104,10 +82,6 @@ def _pattern(option: str) -> tuple[str, float | None]:
     if option in OPTIONS or match is None:
         return option, None
     return f'{match[1]}N', float(f'0.{match[2][1:]}') if match[2].startswith('0') else int(match[2])
-
-
-def _number(value, number: float | None):
-    return number if value == 'N' else value
 
 
 def without_rates(method: str) -> str:
@@ -122,19 +96,10 @@ def config_prefix(method: str) -> str:
 
 def cfg_options(method: str) -> list[str]:
     """Overrides that turn the config with :func:`config_prefix` into the method's, as ``--cfg-options`` takes them."""
-    backbone = backbone_of(method)
-    backbone.pop('type', None)
-    if backbone.get('method') == dict(type='Frozen'):
-        del backbone['method']
-    options = list(_flatten(backbone, 'model.backbone'))
+    changes = {f'model.backbone.{key}': value for key, value in backbone_of(method).items() if key != 'type'}
+    if method == 'frozen':
+        changes = {}
     for key, factor in map(_pattern, method.split('+')):
-        options += [f'optim_wrapper.paramwise_cfg.custom_keys.{part}.lr_mult={factor}' for part in RATES.get(key, ())]
-    return options
-
-
-def _flatten(value, key: str):
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _flatten(inner, f'{key}.{name}')
-    else:
-        yield f'{key}={value}'
+        parts = RATES[key][1] if key in RATES else ()
+        changes.update((f'optim_wrapper.paramwise_cfg.custom_keys.{part}.lr_mult', factor) for part in parts)
+    return [f'{key}={value}' for key, value in changes.items()]

@@ -1,23 +1,13 @@
 #!/usr/bin/env bash
 # Runs what is missing in benchmarks/results/ on one GPU. What is in the files already is not repeated.
 #
-# usage: benchmarks/reproduce.sh [PART...]   (default: all, what is wanted most first)
-#   amp       memory and time of steps under --amp: the tables of README.md and docs/memory.md
-#   fits      the largest batch by the memory of a card
-#   accuracy  all methods on the small sets: rates on held-out images, then three seeds
-#   variants  variants of E³VA on the small sets, likewise
-#   seeds     six more seeds of what matters, and folds of BCCD
-#   guard     what the fast options do to accuracy
-#   backbones other backbones on the small sets
-#   cost      memory and time in fp32, of plain ViTs, of all methods and of mixers
-#   steps     steps of all methods in turn
+# usage: benchmarks/reproduce.sh [PART...]   (default: all; see the functions below and benchmarks/README.md)
 # LIMIT      seconds; nothing is started after them, and what then still runs is stopped (default: no limit)
 # PYTHON     interpreter (default: .venv/bin/python)
 # JOBS       trainings at a time (default: 12, which keeps 16 cores busy). Processes take turns on a GPU, launch gaps
-#            included, unless CUDA MPS serves them (nvidia-cuda-mps-control -d): on an H200, a step of the nuclei's
-#            Mask R-CNN took 2.3 s beside 11 like it without MPS (rates.json), 0.6 s beside 11 others with it.
+#            included, unless CUDA MPS serves them (nvidia-cuda-mps-control -d): 0.6 in place of 2.3 s a step on nuclei.
 # COMMIT     recorded in the results (default: asked of git)
-# For trainings, data/camvid, data/bccd, data/nuclei and data/weights have to be there.
+# Trainings need data/camvid, data/bccd, data/nuclei and data/weights.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,7 +34,7 @@ measure() { run benchmarks/cost.py --out "$results/$1.json" --jobs 3 "${@:2}"; }
 
 wide=e3va+rank4+mixer96
 compared=(frozen e3va full mona adapter lora)
-others=(bitfit normtuning partial adaptformer lorand lst dtl)
+all=("${compared[@]}" bitfit normtuning partial adaptformer lorand lst dtl)
 merged=(--cfg-options optim_wrapper.constructor=MergedGroupsConstructor)
 camvid=configs/camvid/swin-nano_upernet_1xb16-600_camvid-352x480.py
 bccd=configs/bccd/retinanet_swin-nano_fpn_1xb8-400_bccd.py
@@ -55,12 +45,12 @@ on_tasks() {  # name of the result, options
     measure "$@" --tasks cascade-mask-rcnn --sizes b
 }
 
-amp() {
+amp() {  # memory and time of steps under --amp
     on_tasks amp --precisions amp-fp16 --batch-sizes 8 --steps 10 --warmup 3 "${merged[@]}" \
         --methods full full+checkpointed lora mona frozen e3va e3va+bf16 e3va+bf16+taps-float8{,+sampled}
 }
 
-fits() {
+fits() {  # the largest batch by the memory of a card
     on_tasks fits --measure fits --precisions amp-fp16 "${merged[@]}" \
         --methods full lora frozen e3va+bf16 e3va+bf16+taps-float8+sampled
 }
@@ -68,7 +58,7 @@ fits() {
 # Three rates each, and on BCCD two more seeds for the better two; CamVid's rates are one step higher, since its best was the
 # highest of the others' three for every method.
 accuracy() {
-    local methods=("${compared[@]}" "${others[@]}" e3va+mixer e3va+rank16)
+    local methods=("${all[@]}" e3va+mixer e3va+rank16)
     choose --seeds 0 --datasets bccd nuclei --learning-rates 3e-4 1e-3 3e-3 --methods "${methods[@]}"
     choose --seeds 0 --datasets camvid --learning-rates 1e-3 3e-3 1e-2 --methods "${methods[@]}"
     choose --seeds 1 2 --datasets bccd --rates-from $rates --candidates 2 --methods "${methods[@]}"
@@ -86,7 +76,7 @@ variants() {
     report --datasets nuclei --methods e3va+mixer96+rate3
 }
 
-seeds() {
+seeds() {  # six more of what matters, and folds of BCCD
     more() { train more_seeds --train-args amp --seeds 3 4 5 6 7 8 --rates-from $rates --datasets "$1" --methods "${@:2}"; }
     more bccd "${compared[@]}" e3va+mixer96+rate10 $wide{,+graph1}+rate10
     more camvid frozen e3va full mona adapter $wide{,+graph1}
@@ -110,26 +100,24 @@ on_set() {  # name of the result, images, config, options
 }
 
 cost() {
-    on_tasks cost_swin --profile --batch-sizes 8 --steps 5 --warmup 2 --methods full full+checkpointed frozen e3va e3va+bf16 \
+    on_tasks cost_swin --batch-sizes 8 --steps 5 --warmup 2 --methods full full+checkpointed frozen e3va e3va+bf16 \
         e3va+bf16+taps-float8{,+sampled} e3va+bf16+mixer
     on_tasks cost_swin --batch-sizes 2 --steps 5 --warmup 2 --methods full frozen e3va+bf16 e3va+bf16+taps-float8
     measure cost_dinov2 --batch-sizes 2 --image-sizes 512x512 896x896 --steps 5 --warmup 2 --tasks \
         --configs configs/ade20k/dinov2-{l,g}_upernet_8xb2-160k_ade20k-512x512.py \
         --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full
     measure cost_methods --tasks upernet --sizes l --batch-sizes 2 --steps 10 --warmup 3 "${merged[@]}" \
-        --methods e3va+bf16 "${compared[@]}" "${others[@]}"
-    measure cost_mixers --profile --tasks upernet --sizes l --batch-sizes 2 --steps 10 --warmup 3 "${merged[@]}" --repeats 2 \
+        --methods e3va+bf16 "${all[@]}"
+    measure cost_mixers --tasks upernet --sizes l --batch-sizes 2 --steps 10 --warmup 3 "${merged[@]}" --repeats 2 \
         --methods e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1} mona
-    measure cost_mixers --profile --tasks retinanet --sizes l --batch-sizes 8 --steps 10 --warmup 3 "${merged[@]}" \
+    measure cost_mixers --tasks retinanet --sizes l --batch-sizes 8 --steps 10 --warmup 3 "${merged[@]}" \
         --methods e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1}
     for set in "16 $camvid" "8 $bccd" "8 $nuclei"; do
         # shellcheck disable=SC2086
-        on_set cost_small_sets $set --methods "${compared[@]}" "${others[@]}"
+        on_set cost_small_sets $set --methods "${all[@]}"
         # shellcheck disable=SC2086
-        on_set cost_mixers $set --profile --methods e3va $wide{,+graph1} mona
+        on_set cost_mixers $set --methods e3va $wide{,+graph1} mona
     done
-    on_set cost_groups 8 $bccd --cfg-options optim_wrapper.constructor=DefaultOptimWrapperConstructor --methods e3va mona full
-    on_set cost_groups 8 $bccd "${merged[@]}" --methods e3va mona full
 }
 
 # The first method is the one that the others are compared with; what the bound is about, three times.
@@ -139,7 +127,7 @@ steps() {
     for set in "8 $bccd 40" "16 $camvid 40" "8 $nuclei 25"; do
         read -r images config steps <<<"$set"
         local options=(--tasks --configs "$config" --data real --batch-sizes "$images" --precisions amp-fp16 --steps "$steps")
-        in_turn "${options[@]}" --methods "${mixers[@]}" "${compared[@]}" "${others[@]}" e3va+{rank16,mixer,mixer96}
+        in_turn "${options[@]}" --methods "${mixers[@]}" "${all[@]}" e3va+{rank16,mixer,mixer96}
         in_turn "${options[@]}" --methods "${mixers[@]}" mona full --repeats 3
     done
     in_turn --tasks upernet --sizes l --batch-sizes 2 --steps 30 "${merged[@]}" --methods "${large[@]}"

@@ -12,6 +12,7 @@ import queue
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -52,25 +53,19 @@ def run_all(
     runs: list[Run],
     work_dir: Path,
     jobs: int = 1,
-    done=lambda run, result: None,
+    done: Callable[[Run, dict], None] = lambda run, result: None,
     time_limit: float = float('inf'),
     home: Path = ROOT,
-) -> dict[str, dict]:
-    """Runs the experiments, ``jobs`` at a time, in folders of ``work_dir``; finished ones are not run again.
-
-    Each run has one GPU; where there are several, the jobs are spread over them.
+) -> None:
+    """Trains, ``jobs`` at a time and each on one GPU, in folders of ``work_dir``; what is there is not repeated.
 
     Args:
-        done: called with each run and its result as soon as it ends.
+        done: called with each run and its result, which holds the ``report`` of ResourceReportHook, as soon as it ends.
         time_limit: seconds after which no further run is started.
-        home: see :func:`run_one`.
-
-    Returns:
-        ``{run.name: result}``; a result holds the ``report`` of ResourceReportHook.
+        home: the checkout whose tools, configs and data train.
 
     Raises:
-        RuntimeError: once all have run, if a tool failed (the message holds the ends of their logs), or if a folder is
-            that of a run with other settings.
+        RuntimeError: once all have run, if some failed; the message holds the ends of their logs.
     """
     started, failures = time.monotonic(), []
     # Every process would otherwise start a thread on every core.
@@ -79,25 +74,21 @@ def run_all(
     for _, variables in zip(range(jobs), itertools.cycle(_one_gpu_each())):
         slots.put(variables)
 
-    def work(run: Run) -> dict:
+    def work(run: Run) -> None:
         if time.monotonic() - started > time_limit:
-            return {}
+            return
         variables = slots.get()
         try:
-            result = run_one(run, work_dir / run.name, variables, home)
+            done(run, run_one(run, work_dir / run.name, variables, home))
         except (RuntimeError, ValueError) as error:
             failures.append(str(error))
-            return {}
         finally:
             slots.put(variables)
-        done(run, result)
-        return result
 
     with ThreadPoolExecutor(jobs) as pool:
-        results = dict(zip((run.name for run in runs), pool.map(work, runs)))
+        list(pool.map(work, runs))
     if failures:
         raise RuntimeError('\n\n'.join(failures))
-    return results
 
 
 def _one_gpu_each() -> list[dict[str, str]]:
@@ -107,18 +98,14 @@ def _one_gpu_each() -> list[dict[str, str]]:
     return [{'CUDA_VISIBLE_DEVICES': gpu} for gpu in gpus] if len(gpus) > 1 else [{}]
 
 
-def run_one(run: Run, work_dir: Path, variables: dict[str, str] | None = None, home: Path = ROOT) -> dict:
-    """Trains one config, resuming if that was interrupted; its metrics are those of the validation at the end.
-
-    Args:
-        variables: set in the environment of the training.
-        home: the checkout whose tools, configs and data train it.
+def run_one(run: Run, work_dir: Path, variables: dict[str, str], home: Path = ROOT) -> dict:
+    """Trains one config with ``variables`` in its environment, resuming if that was interrupted.
 
     Raises:
         ValueError: ``work_dir`` is that of a run with other settings.
     """
     result, started = work_dir / 'result.json', work_dir / 'settings.json'
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in run._asdict().items()}
+    settings = json.loads(json.dumps(run._asdict()))
     for path in filter(Path.is_file, (started, result)):
         _check_settings(work_dir, json.loads(path.read_text()), settings)
     if result.is_file():
@@ -162,13 +149,12 @@ def shorten(config: str, share: float) -> list[str]:
     return [f'{key}={iterations}' for key in keys]
 
 
-def call_tool(tool: list[str], log: Path, variables: dict[str, str] | None = None, home: Path = ROOT) -> None:
+def call_tool(tool: list[str], log: Path, variables: dict[str, str], home: Path) -> None:
     """Calls a tool of a checkout, with the package beside it."""
-    environment = {**os.environ, **(variables or {}), 'PYTHONPATH': python_path(home)}
+    environment = {**os.environ, **variables, 'PYTHONPATH': python_path(home)}
     with log.open('w') as file:
-        code = subprocess.call(
-            [sys.executable, *tool], cwd=home, stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
+        command = [sys.executable, *tool]
+        code = subprocess.call(command, cwd=home, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if code:
         tail = '\n'.join(log.read_text(errors='replace').splitlines()[-15:])
         raise RuntimeError(f'{" ".join(tool)} failed with exit code {code}, log in {log}:\n{tail}')
@@ -181,18 +167,15 @@ def python_path(folder: str | Path) -> str:
 
 def provenance(commit: str | None = None) -> dict:
     """What a result file says of where its numbers come from."""
+    git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+    # Folders of the machine say nothing to others.
+    arguments = (Path(argument).name if argument.startswith('/') else argument for argument in sys.argv)
     return {
         'date': datetime.date.today().isoformat(),
         'device': torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu ({platform.machine()})',
         'python': platform.python_version(),
         'torch': torch.__version__,
         'mmengine': mmengine.__version__,
-        'commit': commit or _git_commit(),
-        # Folders of the machine say nothing to others.
-        'command': ' '.join(['python', *(Path(arg).name if Path(arg).is_absolute() else arg for arg in sys.argv)]),
+        'commit': commit or git.stdout.strip() or 'unknown',
+        'command': ' '.join(['python', *arguments]),
     }
-
-
-def _git_commit() -> str:
-    call = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
-    return call.stdout.strip() or 'unknown'

@@ -7,29 +7,31 @@ Needs no download; everything is written to work_dirs/demo.
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import matplotlib
 import numpy as np
-from experiments import ROOT, Run, call_tool, provenance, run_all, shorten
-from method_specs import cfg_options, config_prefix
 from mmengine.config import Config
-from summarize import trained_parameters
 
 from e3va_mm.datasets.shapes import write_shapes
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
+ROOT = Path(__file__).resolve().parent.parent
 DATA = 'data/shapes'
-METHODS = {'frozen': 'frozen', 'E3VA + mixer': 'e3va+mixer'}
+# Prefix of the config, and what is changed in it.
+METHODS = {'frozen': ('frozen-', []), 'E3VA + mixer': ('e3va-', ['model.backbone.mixer.width=32'])}
+# Config, iterations (three quarters of the config's), metric and its factor.
 TASKS = {
-    'segmentation': ('configs/shapes/{}swin-nano_upernet_1xb8-600_shapes-96x96.py', 'mIoU', 1),
-    'detection': ('configs/shapes/retinanet_{}swin-nano_fpn_1xb8-800_shapes.py', 'coco/bbox_mAP', 100),
+    'segmentation': ('configs/shapes/{}swin-nano_upernet_1xb8-600_shapes-96x96.py', 450, 'mIoU', 1),
+    'detection': ('configs/shapes/retinanet_{}swin-nano_fpn_1xb8-800_shapes.py', 600, 'coco/bbox_mAP', 100),
 }
-SCHEDULE = 0.75  # of the configs' iterations
 PICTURES, ZOOM = 4, 4
 
 
@@ -39,69 +41,64 @@ def main() -> None:
     work_dir = ROOT / parser.parse_args().work_dir
     started = time.monotonic()
     os.chdir(ROOT)
+    # Every process would otherwise start a thread on every core.
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // 2)))
     print(f'writing the data set to {DATA}', flush=True)
     write_shapes(DATA)
-    runs = {(task, method): run_of(task, method) for task in TASKS for method in METHODS}
-    print(f'{len(runs)} trainings, two at a time; logs: {work_dir}/*/train.log', flush=True)
-    enlarged, metrics = enlarge_images(work_dir / 'images'), {}
-
-    def evaluate(run: Run, _) -> None:
-        metrics[run.name] = test(run, work_dir)
-        predict(run, work_dir, enlarged)
-
+    enlarged = enlarge_images(work_dir / 'images')
     # The longest first, so that both processors are busy to the end.
-    longest_first = sorted(runs.values(), key=lambda run: run.method == 'frozen')
-    results = run_all(longest_first, work_dir, 2, evaluate)
-    rows = [make_row(*key, metrics[run.name], results[run.name]) for key, run in runs.items()]
-    (work_dir / 'results.json').write_text(json.dumps({**provenance(), 'rows': rows}, indent=1) + '\n')
+    pairs = [(task, method) for method in reversed(METHODS) for task in TASKS]
+    print(f'{len(pairs)} trainings, two at a time; logs: {work_dir}/*/train.log', flush=True)
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda pair: run(*pair, work_dir, enlarged), pairs))
+    rows.sort(key=lambda row: (list(TASKS).index(row['task']), list(METHODS).index(row['method'])))
+    (work_dir / 'results.json').write_text(json.dumps({'rows': rows}, indent=1) + '\n')
     table = format_table(rows)
     (work_dir / 'table.md').write_text(table + '\n')
-    draw_bars(rows, work_dir / 'bars.png')
     for task in TASKS:
         draw_overlays(task, work_dir, enlarged)
     print(f'\n{table}\n\npictures: {work_dir}/*.png; {time.monotonic() - started:.0f} s in all')
 
 
-def run_of(task: str, method: str) -> Run:
-    name = METHODS[method]
-    config = TASKS[task][0].format(config_prefix(name))
-    return Run(config, name, cfg_options=(*cfg_options(name), *shorten(config, SCHEDULE)))
+def folder_of(task: str, method: str, work_dir: Path) -> Path:
+    return work_dir / f'{task}-{METHODS[method][0].strip("-")}'
 
 
-def make_row(task: str, method: str, metrics: dict, result: dict) -> dict:
-    """The metric that ``tools/test.py`` found, and the costs that the training reported."""
-    (_, metric, scale), report = TASKS[task], result['report']
+def run(task: str, method: str, work_dir: Path, images: list[Path]) -> dict:
+    """Trains a method for a task, tests it and draws its predictions, by the tools; a row of the table."""
+    (config, iterations, metric, scale), (prefix, options) = TASKS[task], METHODS[method]
+    config, folder = config.format(prefix), folder_of(task, method, work_dir)
+    lengths = ('train_cfg.max_iters', 'train_cfg.val_interval', 'param_scheduler.1.end')
+    options = ['randomness.seed=0', *options, *(f'{key}={iterations}' for key in lengths)]
+    call_tool(folder, 'tools/train.py', config, '--work-dir', folder, '--cfg-options', *options)
+    trained = folder / Path(config).name, (folder / 'last_checkpoint').read_text()
+    call_tool(folder, 'tools/test.py', *trained, '--work-dir', folder / 'test')
+    pictures = ['--out-dir', folder / 'predictions', '--score-thr', 0.4, '--device', 'cpu']
+    call_tool(folder, 'tools/infer.py', images[0].parent, *trained, *pictures)
+    report = json.loads((folder / 'run_report.json').read_text())
+    metrics = json.loads(max((folder / 'test').glob('*/*.json'), key=os.path.getmtime).read_text())
+    parts = [report['parameters'].get(part, {}) for part in ('backbone', 'highway')]
     return {
         'task': task,
         'method': method,
         'metric': metric.removeprefix('coco/bbox_'),
         'value': round(scale * metrics[metric], 1),
-        'trained_in_backbone': trained_parameters(result),
+        'trained_in_backbone': sum(part.get('trainable', 0) for part in parts),
         'peak_memory_mib': report['peak_memory_mib'],
         'step_seconds': report['step_seconds_median'],
         'checkpoint_mib': round(report['checkpoint_bytes'] / 2**20, 1),
     }
 
 
-def call_with_checkpoint(tool: list[str], run: Run, work_dir: Path, options: list[str]) -> None:
-    """Calls a tool with the config that the run was trained with, and its last checkpoint."""
-    folder = work_dir / run.name
-    config, checkpoint = folder / Path(run.config).name, (folder / 'last_checkpoint').read_text()
-    call_tool([*tool, str(config), checkpoint, *options], folder / f'{Path(tool[0]).stem}.log')
-
-
-def test(run: Run, work_dir: Path) -> dict:
-    """The metrics that ``tools/test.py`` finds for the run's last checkpoint."""
-    target = work_dir / run.name / 'test'
-    call_with_checkpoint(['tools/test.py'], run, work_dir, ['--work-dir', str(target)])
-    return json.loads(max(target.glob('*/*.json'), key=os.path.getmtime).read_text())
-
-
-def predict(run: Run, work_dir: Path, images: list[Path]) -> None:
-    """Pictures with the run's predictions, as drawn by ``tools/infer.py``, in its folder ``predictions``."""
-    out = str(work_dir / run.name / 'predictions')
-    options = ['--out-dir', out, '--score-thr', '0.4', '--device', 'cpu']
-    call_with_checkpoint(['tools/infer.py', str(images[0].parent)], run, work_dir, options)
+def call_tool(folder: Path, tool: str, *arguments) -> None:
+    """Calls a tool; what it prints goes into a log of its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f'{Path(tool).stem}.log'
+    with log.open('w') as file:
+        command = [sys.executable, tool, *map(str, arguments)]
+        if subprocess.call(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT):
+            tail = '\n'.join(log.read_text(errors='replace').splitlines()[-15:])
+            raise RuntimeError(f'{tool} failed, log in {log}:\n{tail}')
 
 
 def format_table(rows: list[dict]) -> str:
@@ -117,31 +114,13 @@ def format_table(rows: list[dict]) -> str:
     return '\n'.join(lines)
 
 
-def draw_bars(rows: list[dict], target: Path) -> None:
-    """Accuracy, memory and step time of the methods, a panel each; hatches tell them apart in black and white."""
-    panels = (('value', 'mIoU or mAP (%)'), ('peak_memory_mib', 'peak memory (MiB)'), ('step_seconds', 'step time (s)'))
-    figure, axes = plt.subplots(1, len(panels), figsize=(10, 3.2), layout='constrained')
-    for axis, (key, label) in zip(axes, panels):
-        for offset, (method, hatch) in enumerate(zip(METHODS, ('', '//'))):
-            heights = [row[key] for row in rows if row['method'] == method]
-            positions = np.arange(len(heights)) + 0.38 * offset - 0.19
-            bars = axis.bar(positions, heights, 0.36, label=method, hatch=hatch, edgecolor='black')
-            axis.bar_label(bars, fmt='%.3g', fontsize=8)
-        axis.set_xticks(range(len(TASKS)), TASKS)
-        axis.set_ylabel(label)
-        axis.margins(y=0.15)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=len(METHODS))
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
-
-
 def draw_overlays(task: str, work_dir: Path, enlarged: list[Path]) -> None:
     """A row an image: the image, the truth, and what each method predicts."""
     palette = Config.fromfile(TASKS[task][0].format('')).test_dataloader.dataset.metainfo.palette
     columns = {'image': [_read(path) for path in enlarged]}
     columns['truth'] = [TRUTHS[task](path, palette) for path in enlarged]
     for method in METHODS:
-        out = work_dir / run_of(task, method).name / 'predictions'
+        out = folder_of(task, method, work_dir) / 'predictions'
         columns[method] = [_read(out / path.name) for path in enlarged]
     figure, axes = plt.subplots(PICTURES, len(columns), figsize=(2 * len(columns), 2 * PICTURES), layout='constrained')
     for column, (title, pictures) in enumerate(columns.items()):

@@ -1,0 +1,121 @@
+"""Tables of pages for users: a row a method by the name that people call it, and few numbers a cell."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+from benchmarks import cost_tables
+from benchmarks.accuracy import (
+    Groups,
+    dataset_of,
+    format_mean,
+    group_runs,
+    lead,
+    peak_memory,
+    trained_parameters,
+    values_of,
+    with_more_seeds,
+)
+from benchmarks.cost_tables import MODELS, load_rows
+from benchmarks.formats import memory, milliseconds, span, table
+from benchmarks.methods import label, without_rates
+
+# The variants of E³VA with mixers, the second of which held-out images pick; detectors' highways have their own rate.
+LIGHT, PICKED = 'e3va+rank4+mixer96', 'e3va+rank4+mixer96+graph1'
+DETECTORS_RATE = '+rate10'
+COSTS = ('full', 'lora', 'mona', 'frozen', 'e3va+bf16', 'e3va+bf16+taps-float8+sampled')
+SETS = {'camvid': 'CamVid, mIoU', 'bccd': 'BCCD, mAP', 'nuclei': 'nuclei, mask AP'}
+ACCURACY = ('frozen', 'partial', 'lora', 'mona', 'e3va', LIGHT, PICKED, 'full')
+SEQUENTIAL = ('adapter', 'lora', 'mona')
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def _source(rows: list[dict], part: str) -> str:
+    """The line below a table that says when, where and by which command its numbers were measured."""
+    devices, dates = (' and '.join(dict.fromkeys(row[key] for row in rows)) for key in ('device', 'date'))
+    return f'\n\nMeasured on {devices}, {dates}, by `benchmarks/reproduce.sh {part}`.'
+
+
+def format_costs(amp: Path) -> str:
+    """Peak memory and step of each task under ``--amp``; a row a method."""
+    rows = load_rows(amp)
+    cells = {
+        (row['model'], row['method']): f'{memory(row["peak_memory_mib"])} / {milliseconds(row["step_seconds"])}'
+        for row in rows
+    }
+    lines = [[label(method), *(cells[model, method] for model in MODELS)] for method in COSTS]
+    return table(['peak memory / step', *MODELS.values()], lines) + _source(rows, 'amp')
+
+
+def format_all_costs(amp: Path) -> str:
+    """The same of all methods, with ratios to full fine-tuning and to the frozen backbone; a table a task."""
+    rows = load_rows(amp)
+    return cost_tables.format_costs(rows) + _source(rows, 'amp')
+
+
+def format_fits(fits: Path) -> str:
+    rows = load_rows(fits)
+    return cost_tables.format_fits(rows) + _source(rows, 'fits')
+
+
+def runs_of(groups: Groups, dataset: str, method: str) -> list[dict]:
+    """The runs of a method on a data set, at the rate that the kind of task takes; none if it was not trained there."""
+    methods = groups.get(dataset, {})
+    return methods.get(method) or methods.get(method + DETECTORS_RATE, [])
+
+
+def format_accuracy(small_sets: Path) -> str:
+    """Mean ± standard deviation of the seeds on the small sets; a row a method."""
+    groups = group_runs(read(small_sets))
+    lines = [[label(name), *(format_mean(data, runs_of(groups, data, name)) for data in SETS)] for name in ACCURACY]
+    return table(['method', *SETS.values()], lines)
+
+
+def steps_of(path: Path) -> dict[tuple[str, str], dict]:
+    """The steps in turn on real data, by data set and method."""
+    return {(dataset_of(row['config']), row['method']): row for row in load_rows(path) if row['data'] == 'real'}
+
+
+def format_methods(small_sets: Path, steps: Path) -> str:
+    """All methods: what they train, reach and cost; memory in units of frozen's, steps in units of E³VA's."""
+    groups, in_turn = group_runs(read(small_sets)), steps_of(steps)
+    names = [name for name in groups['camvid'] if not name.startswith('e3va+') or name in (LIGHT, PICKED)]
+    lines = []
+    for name in names:
+        runs = {data: runs_of(groups, data, name) for data in SETS}
+        peaks = (peak_memory(own) / peak_memory(groups[data]['frozen']) for data, own in runs.items())
+        time = (in_turn[data, name]['of_first'] for data in SETS)
+        means = (format_mean(data, own) for data, own in runs.items())
+        size = f'{trained_parameters(runs["camvid"][0]):,}'
+        lines.append([label(name), size, *means, span(peaks), span(time)])
+    titles = ['method', 'trained in the backbone', *SETS.values(), "memory, of frozen's", "step, of E³VA's"]
+    return table(titles, lines)
+
+
+def format_target(small_sets: Path, more_seeds: Path, steps: Path) -> str:
+    """The lead of the variants with mixers over the best sequential method, and their memory and step of E³VA's."""
+    three = group_runs(read(small_sets))
+    nine = with_more_seeds(group_runs(read(small_sets), read(more_seeds)))
+    in_turn, lines = steps_of(steps), []
+    for data, methods in three.items():
+        best = max(SEQUENTIAL, key=lambda method: statistics.mean(values_of(data, methods[method])))
+        for name in (LIGHT, PICKED):
+            pairs = ((runs_of(groups, data, name), groups[data][best]) for groups in (three, nine))
+            leads = ('{:+.1f} ± {:.1f}'.format(*lead(data, *pair)) for pair in pairs)
+            peak = peak_memory(runs_of(three, data, name)) / peak_memory(methods['e3va'])
+            lines.append([data, label(name), *leads, f'{peak:.2f}', f'{in_turn[data, name]["of_first"]:.2f}'])
+    return table(['data set', 'variant', 'lead, 3 seeds', 'lead, 9 seeds', 'memory', 'step'], lines)
+
+
+def shown_in_plot(small_sets: Path) -> Groups:
+    """All methods, and of the variants of E³VA those that tables for people have."""
+    kept = {'e3va', LIGHT, PICKED}
+    return {
+        data: {name: runs for name, runs in methods.items() if without_rates(name) in kept or '+' not in name}
+        for data, methods in group_runs(read(small_sets)).items()
+    }

@@ -1,0 +1,38 @@
+"""The plot of what benchmarks/grid.py has trained."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+from benchmarks.accuracy import Groups, mean_and_spread, metric_of, peak_memory
+from benchmarks.methods import label, without_rates
+
+MARKERS = 'osD^vP*<>dpXhH8'
+
+
+def draw_accuracy(groups: Groups, target: Path) -> None:
+    """Accuracy against training memory, a panel a data set and a point a method; E³VA and its variants are grey."""
+    names = dict.fromkeys(without_rates(method) for methods in groups.values() for method in methods)
+    markers = dict(zip(names, itertools.cycle(MARKERS)))
+    figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 5), layout='constrained', squeeze=False)
+    for axis, (dataset, methods) in zip(axes[0], groups.items()):
+        for method, runs in methods.items():
+            name = without_rates(method)
+            fill = 'black' if name == 'full' else '0.6' if name.startswith('e3va') else 'white'
+            style = dict(marker=markers[name], markerfacecolor=fill, color='black', linestyle='none', capsize=3)
+            axis.errorbar(peak_memory(runs), *mean_and_spread(dataset, runs), label=label(name), **style)
+        axis.set_title(dataset)
+        axis.set_xlabel(f'peak memory in training (MiB, {runs[0]["report"]["peak_memory_kind"]})')
+        axis.set_ylabel(f'{metric_of(dataset)[0].split("/")[-1]} (%)')
+        axis.grid(alpha=0.3)
+    entries = {name: entry for axis in axes[0] for entry, name in zip(*axis.get_legend_handles_labels())}
+    # Below the panels, where it hides no point.
+    figure.legend(entries.values(), entries, loc='outside lower center', ncols=2 * len(groups), fontsize=9)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,106 @@
+"""What tables make of results."""
+
+import json
+
+import pytest
+
+from benchmarks import accuracy, cost_tables, formats, pages
+from benchmarks.methods import label
+from benchmarks.plots import draw_accuracy
+
+from .conftest import result
+
+CAMVID = 'configs/camvid/swin-nano_upernet_1xb16-600_camvid-352x480.py'
+
+
+def rows_of(*runs, **named):
+    """The rows of the table of runs, without its titles."""
+    groups = accuracy.group_runs({'runs': {**dict(enumerate(runs)), **named}})
+    return accuracy.format_runs(groups).splitlines()[2:]
+
+
+def test_names_for_people():
+    assert label('e3va+bf16') == 'E³VA, as it comes'
+    assert label('e3va+rank4+mixer96+rate10') == 'E³VA + mixers, rate × 10'
+    assert label('e3va+mixer64+taps-bf16+mixrate03') == "E³VA, mixers of width 64, bf16 taps, mixers' rate × 0.3"
+
+
+def test_trainings_and_their_plot(tmp_path):
+    runs = [result('e3va', 40), result('e3va', 42), result('frozen', 38)]
+    frozen, e3va = rows_of(*runs)
+    assert frozen.startswith('| shapes-96x96 | frozen backbone | mIoU 38.0 | 1 | 7 |')
+    assert e3va == '| shapes-96x96 | E³VA | mIoU 41.0 ± 1.4 | 2 | 7 | 100 MiB | 2 MiB |'
+    draw_accuracy(accuracy.group_runs({'runs': dict(enumerate(runs))}), tmp_path / 'plot.png')
+    assert (tmp_path / 'plot.png').stat().st_size > 5000
+
+
+def test_a_row_a_learning_rate():
+    runs = [{**result('e3va', 40), 'learning_rate': rate} for rate in (3e-3, 1e-3)]
+    assert [row.split('|')[2].strip() for row in rows_of(*runs)] == ['E³VA, rate 0.001', 'E³VA, rate 0.003']
+    with pytest.raises(ValueError, match='e3va on camvid has several learning rates'):
+        accuracy.format_mean('camvid', runs)
+
+
+def test_no_detections_count_as_zero():
+    run = result('e3va', 40, 'configs/shapes/retinanet_e3va-swin-nano_fpn_1xb8-800_shapes.py')
+    run['report']['metrics'] = {}
+    assert '| bbox_mAP 0.0 | 1 |' in rows_of(run)[0]
+
+
+def test_other_backbones_have_rows_of_their_own():
+    names = ('swin-nano', 'vit-tiny', 'efficientnet-lite0')
+    runs = (result('e3va', 40, CAMVID.replace('swin-nano', f'e3va-{name}')) for name in names)
+    shown = [row.split('|')[1].strip() for row in rows_of(*runs)]
+    assert shown == ['camvid', 'camvid, vit-tiny', 'camvid, efficientnet-lite0']
+
+
+def test_leads_are_of_equal_seeds():
+    own = [result('e3va', value, CAMVID, seed) for seed, value in ((0, 40), (1, 44))]
+    others = [result('mona', value, CAMVID, seed) for seed, value in ((1, 41), (0, 38), (2, 99))]
+    assert accuracy.lead('camvid', own, others) == pytest.approx((2.5, 0.5))
+
+
+def test_a_detector_takes_the_rate_of_its_own():
+    groups = {'camvid': {pages.LIGHT: ['a']}, 'bccd': {f'{pages.LIGHT}+rate10': ['b']}}
+    assert [pages.runs_of(groups, data, pages.LIGHT) for data in ('camvid', 'bccd', 'nuclei')] == [['a'], ['b'], []]
+
+
+def cost_rows(tmp_path, **overrides):
+    """Rows of a file with full, e3va (two runs) and, if ``packages``, each of a package's."""
+    run = dict(step_seconds=1, step_seconds_quartiles=[1, 1], saved_in_backbone_mib=1, batch_size=1)
+    case = dict(model='m', image_size=[8, 8], data='synthetic', precision='fp32', batch_size=1, device='cpu')
+    memory = {'full': [100], 'e3va': [40, 60]}
+    cases = {
+        method: {**case, 'method': method, **overrides, 'runs': [{**run, 'peak_memory_mib': mib} for mib in mibs]}
+        for method, mibs in memory.items()
+    }
+    path = tmp_path / 'results.json'
+    path.write_text(json.dumps({'cases': cases}))
+    return cost_tables.load_rows(path)
+
+
+def test_costs_are_medians_and_ratios(tmp_path):
+    tables = cost_tables.report(cost_rows(tmp_path))
+    assert '**m, 8×8, batch 1, fp32** (cpu)' in tables and '| E³VA | 50 MiB | 0.50 |' in tables
+
+
+def test_packages_are_compared(tmp_path):
+    before, after = cost_rows(tmp_path, package='before'), cost_rows(tmp_path, package='after')
+    for row in after:
+        row['peak_memory_mib'] *= 1.02
+    lines = cost_tables.format_packages([*before, *after]).splitlines()
+    assert lines[0] == '|  |  | memory of before | step | memory of after | step of after |'
+    assert lines[3] == '| m, 8×8, batch 1, fp32 | E³VA | 50 MiB | 1000 ms | 1.020 | 1.000 |'
+
+
+def test_fits():
+    run = dict(largest={'8': 0, '12': 5, '80': 32}, most_images=32)
+    row = dict(model='retinanet swin-l', image_size=[800, 1344], data='synthetic', method='full', runs=[run])
+    lines = cost_tables.report([row]).splitlines()
+    assert lines[0] == '|  | largest batch | 8 GB | 12 GB | 80 GB |'
+    assert lines[2] == '| RetinaNet Swin-L, 800 × 1344 | full fine-tuning | – | 5 | 32+ |'
+
+
+def test_formats():
+    assert [formats.memory(mib) for mib in (1.2, 4095, 10240)] == ['1 MiB', '4095 MiB', '10.0 GiB']
+    assert formats.span([1.234, 1.0]) == '1.00–1.23' and formats.span(iter([1, 1.001])) == '1.00'
