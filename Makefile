@@ -27,7 +27,6 @@ format: setup  ## fix style
 BENCHMARK ?= --tasks retinanet --sizes t --image-sizes 256x448 --steps 5 --warmup 1
 benchmark: setup  ## memory and time of training steps: a table
 	$(PYTHON_BIN) benchmarks/cost.py --out work_dirs/benchmark/results.json $(BENCHMARK)
-	$(PYTHON_BIN) benchmarks/summarize.py work_dirs/benchmark/results.json
 
 results: setup  ## on a GPU: run what is missing in benchmarks/results/, from data/; takes hours, and goes on where it stopped
 	benchmarks/reproduce.sh

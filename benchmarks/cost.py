@@ -5,8 +5,8 @@ What is measured: ``cost`` (the default), each case in a process of its own; ``i
 in one process, and the ratio to the first method in the same round, since processes differ in speed more than methods;
 ``fits``, the largest batch in the memory of each of ``--cards``.
 
-Repeats are interleaved: all cases once, then all again. Cases that are already in the file are not repeated.
-``benchmarks/cost_tables.py`` makes tables and plots of the file. Two checkouts are compared by ``--packages``.
+Repeats are interleaved: all cases once, then all again. Cases that are already in the file are not repeated. At the end
+the tables of the file are printed. Checkouts are compared by ``--packages``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mmengine.config import Config, DictAction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cost_tables import group_rows, load_rows, report
 from benchmarks.methods import METHODS_HELP, backbone_of
 from benchmarks.training import ROOT, provenance, python_path
 
@@ -34,6 +35,7 @@ TASKS = {
     'cascade-mask-rcnn': ('configs/coco/cascade-mask-rcnn_swin-{short}-*.py', (800, 1344)),
     'retinanet': ('configs/voc/retinanet_swin-{short}-*.py', (800, 1344)),
 }
+SETTING = ('model', 'image_size', 'precision', 'batch_size')
 SIZES = {'t': 'tiny', 's': 'small', 'b': 'base', 'l': 'large'}
 
 
@@ -96,8 +98,8 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     grid = itertools.product(models(args), args.precisions, args.image_sizes or [None], batches, args.methods, packages)
     for (model, config, default_size), precision, image_size, batch, method, (label, folder) in grid:
         height, width = image_size or default_size
-        extra = f', {label}' if label else ''
-        cases[f'{model}, {height}x{width}, batch {batch}, {precision}, {method}, {args.data}{extra}'] = {
+        name = f'{model}, {height}x{width}, batch {batch}, {precision}, {method}, {args.data}'
+        cases[name + (f', {label}' if label else '')] = {
             'model': model,
             'config': config,
             'method': method,
@@ -116,11 +118,10 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
 
 def jobs_of(cases: dict[str, dict], measure: str) -> list[list[str]]:
     """The names of the cases that a process measures: one, or all methods of a setting in turn."""
-    groups: dict[object, list[str]] = {}
-    for name, case in cases.items():
-        setting = str([case[key] for key in ('model', 'image_size', 'precision', 'batch_size')])
-        groups.setdefault(setting if measure == 'in-turn' else name, []).append(name)
-    return list(groups.values())
+    if measure != 'in-turn':
+        return [[name] for name in cases]
+    groups = group_rows([{**case, 'name': name} for name, case in cases.items()], *SETTING)
+    return [[case['name'] for case in group] for group in groups]
 
 
 def run_job(measure: str, cases: list[dict], lock: str) -> list[dict] | str:
@@ -172,7 +173,7 @@ def main() -> None:
                 print(f'{", ".join(job)} failed:\n{runs}', flush=True)
                 continue
             for name, result in zip(job, runs):
-                print(f'{name}: {describe(result)}', flush=True)
+                print(f'{name}: {result}', flush=True)
                 # Folders of the machine say nothing to others.
                 known = {**cases[name], 'config': Path(cases[name]['config']).name, 'folder': None, 'runs': []}
                 case = content['cases'].setdefault(name, known)
@@ -180,17 +181,10 @@ def main() -> None:
                 case.update(provenance(args.commit))
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(content, indent=1) + '\n')
+    if content['cases']:
+        print(report(load_rows(out)))
     if failed:
         sys.exit(f'{failed} measurements failed; what ran is in {out}')
-
-
-def describe(result: dict) -> str:
-    if 'largest' in result:
-        return ', '.join(f'{images} images in {card} GB' for card, images in result['largest'].items())
-    if 'out_of_memory' in result:
-        return 'does not fit'
-    what = f'{result["of_first"]:.2f} of the first' if 'of_first' in result else f'{result["peak_memory_mib"]:.0f} MiB'
-    return f'{1000 * result["step_seconds"]:.1f} ms, {what}'
 
 
 if __name__ == '__main__':

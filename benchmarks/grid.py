@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Trains a grid of data sets, methods and seeds, several at a time, and collects the results in one JSON file.
 
-Runs that are already in the file are not repeated, so an interrupted grid goes on where it stopped.
+Runs that are already in the file are not repeated, so an interrupted grid goes on where it stopped. At the end the
+table of the file is printed.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.accuracy import dataset_of
+from benchmarks.accuracy import dataset_of, format_runs, group_runs
 from benchmarks.held_out import FOLDS, hold_out, ranked_rates
 from benchmarks.methods import METHODS_HELP, cfg_options, config_prefix
 from benchmarks.training import ROOT, Run, provenance, run_all, shorten
@@ -36,21 +37,15 @@ def parse_args() -> argparse.Namespace:
     add('--backbones', nargs='+', choices=BACKBONES, default=['swin-nano'], help='others: not on shapes')
     add('--seeds', nargs='+', type=int, default=[0, 1, 2])
     add('--learning-rates', nargs='+', type=float, help="run each method at each; default: the config's")
-    held_out = 'validate on the last fifth of the training images, to choose by (use an --out of its own)'
-    add('--held-out', action='store_true', help=held_out)
-    folds = 'with --held-out: on each of these fifths; 4 is the last'
-    add('--folds', nargs='+', type=int, choices=FOLDS, help=folds)
-    rates = "each method's best learning rate in this result of a grid of rates"
-    add('--rates-from', metavar='JSON', help=rates)
-    candidates = 'with --rates-from: that many of the best, to choose by more seeds'
-    add('--candidates', type=int, default=1, help=candidates)
+    add('--held-out', action='store_true', help='validate on a fifth of the training images, to choose by; own --out')
+    add('--folds', nargs='+', type=int, choices=FOLDS, help='--held-out: on each of these fifths; default: the last')
+    add('--rates-from', metavar='JSON', help="each method's best learning rate in this result of a grid of rates")
+    add('--candidates', type=int, default=1, help='--rates-from: so many of the best, to choose by more seeds')
     add('--schedule', type=float, default=1.0, help="share of the config's iterations to train for")
-    jobs = 'runs at a time, spread over the GPUs; step times then include the contention'
-    add('--jobs', type=int, default=1, help=jobs)
+    add('--jobs', type=int, default=1, help='runs at a time, spread over the GPUs')
     add('--train-args', nargs='*', default=[], help='flags for tools/train.py, without their dashes')
     add('--cfg-options', nargs='+', default=[], help='overrides for all runs, as for tools/train.py')
-    package = 'another checkout, whose tools, package, configs and data/ train; default: ours'
-    add('--package', type=Path, default=ROOT, metavar='FOLDER', help=package)
+    add('--package', type=Path, default=ROOT, metavar='FOLDER', help='checkout whose tools, configs and data/ train')
     add('--work-dir', default='work_dirs/grid')
     add('--out', required=True, help='JSON file that collects the results')
     add('--time-limit', type=float, default=float('inf'), help='seconds; no run is started after them')
@@ -115,6 +110,7 @@ def main() -> None:
     left = [run.name for run in missing if run.name not in content['runs']]
     if left:
         raise SystemExit(f'--time-limit is over; {len(left)} of {len(missing)} runs have not been started')
+    print(format_runs(group_runs(content)))
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import queue
+import re
 import subprocess
 import sys
 import time
@@ -106,8 +107,13 @@ def run_one(run: Run, work_dir: Path, variables: dict[str, str], home: Path = RO
     """
     result, started = work_dir / 'result.json', work_dir / 'settings.json'
     settings = json.loads(json.dumps(run._asdict()))
-    for path in filter(Path.is_file, (started, result)):
-        _check_settings(work_dir, json.loads(path.read_text()), settings)
+    # Another schedule or other data do not change a run's name, and its results are not this one's.
+    for found in (json.loads(path.read_text()) for path in (started, result) if path.is_file()):
+        other = [
+            f'{name}={found.get(name)!r}, not {value!r}' for name, value in settings.items() if found.get(name) != value
+        ]
+        if other:
+            raise ValueError(f'{work_dir} has a run with {"; ".join(other)}: use another --work-dir, or delete it')
     if result.is_file():
         return json.loads(result.read_text())
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -122,14 +128,6 @@ def run_one(run: Run, work_dir: Path, variables: dict[str, str], home: Path = RO
     content = {**settings, 'report': json.loads((work_dir / 'run_report.json').read_text())}
     result.write_text(json.dumps(content, indent=2))
     return content
-
-
-def _check_settings(work_dir: Path, found: dict, settings: dict) -> None:
-    """Another schedule or other data do not change a run's name, and its results are not this one's."""
-    for name, value in settings.items():
-        if found.get(name) != value:
-            advice = 'use another --work-dir, or delete it'
-            raise ValueError(f'{work_dir} has a run with {name}={found.get(name)!r}, not {value!r}: {advice}')
 
 
 @functools.cache
@@ -169,7 +167,7 @@ def provenance(commit: str | None = None) -> dict:
     """What a result file says of where its numbers come from."""
     git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
     # Folders of the machine say nothing to others.
-    arguments = (Path(argument).name if argument.startswith('/') else argument for argument in sys.argv)
+    arguments = (re.sub('(^|=)/(.*/)?', r'\1', argument) for argument in sys.argv)
     return {
         'date': datetime.date.today().isoformat(),
         'device': torch.cuda.get_device_name() if torch.cuda.is_available() else f'cpu ({platform.machine()})',

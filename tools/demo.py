@@ -102,16 +102,14 @@ def call_tool(folder: Path, tool: str, *arguments) -> None:
 
 
 def format_table(rows: list[dict]) -> str:
-    lines = [
-        '| task | method | mIoU / mAP | trained in the backbone | peak memory (process) | step | checkpoint |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    lines += [
-        f'| {row["task"]} | {row["method"]} | {row["value"]:.1f} {row["metric"]} | {row["trained_in_backbone"]:,} | '
-        f'{row["peak_memory_mib"]:.0f} MiB | {1000 * row["step_seconds"]:.0f} ms | {row["checkpoint_mib"]:.1f} MiB |'
-        for row in rows
-    ]
-    return '\n'.join(lines)
+    titles = 'task', 'method', 'mIoU / mAP', 'trained in the backbone', 'peak memory (process)', 'step', 'checkpoint'
+    lines = [' | '.join(titles), '|'.join(['---'] * len(titles))]
+    for row in rows:
+        accuracy, size = f'{row["value"]:.1f} {row["metric"]}', f'{row["trained_in_backbone"]:,}'
+        memory, step = f'{row["peak_memory_mib"]:.0f} MiB', f'{1000 * row["step_seconds"]:.0f} ms'
+        cells = (row['task'], row['method'], accuracy, size, memory, step, f'{row["checkpoint_mib"]:.1f} MiB')
+        lines.append(' | '.join(cells))
+    return '\n'.join(f'| {line} |' for line in lines)
 
 
 def draw_overlays(task: str, work_dir: Path, enlarged: list[Path]) -> None:

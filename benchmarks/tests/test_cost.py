@@ -16,39 +16,30 @@ CONFIG = 'configs/shapes/swin-nano_upernet_1xb8-600_shapes-96x96.py'
 SMALL = ['--tasks', '--configs', CONFIG, '--image-sizes', '64x96', '--batch-sizes', '2', '--warmup', '1']
 
 
-@pytest.fixture(scope='module')
-def results(tmp_path_factory):
-    out = tmp_path_factory.mktemp('benchmark') / 'out.json'
-    command = ['benchmarks/cost.py', '--out', out, *SMALL, '--steps', '2', '--methods']
-    assert script(*command, 'full', 'e3va', 'e3va+taps-float8').count(' MiB') == 3
-    assert script(*command, 'full') == ''
-    return out
-
-
-def test_results_say_what_was_measured_and_where(results):
-    cases = json.loads(results.read_text())['cases']
-    assert len(cases) == 3
+def test_results_say_what_was_measured_and_where(tmp_path):
+    out = tmp_path / 'out.json'
+    command = ['benchmarks/cost.py', '--out', out, *SMALL, '--steps', '2', '--methods', 'full', 'e3va+taps-float8']
+    assert script(*command).count('| full fine-tuning | ') == 1
     kept = {}
-    for case in cases.values():
+    for case in json.loads(out.read_text())['cases'].values():
         (run,) = case['runs']
         kept[case['method']] = run['saved_in_backbone_mib']
-        assert case['commit'] and case['command'] and case['device'] and case['torch']
+        assert case['commit'] and case['command'] and case['device'] and case['torch'] and case['date']
         assert run['peak_memory_mib'] > 100 and 0 < run['step_seconds'] < 60
-    assert 10 * kept['e3va+taps-float8'] < kept['full']
-    assert kept['e3va+taps-float8'] < kept['e3va']
-    assert '| full fine-tuning | ' in script('benchmarks/summarize.py', results)
+    assert 0 < 10 * kept['e3va+taps-float8'] < kept['full']
 
 
 def test_steps_in_turn(tmp_path):
     out = tmp_path / 'out.json'
     command = ['benchmarks/cost.py', '--measure', 'in-turn', '--out', out, *SMALL, '--steps', '3']
     command += ['--methods', 'e3va', 'full', '--repeats']
-    assert script(*command, 1).count(' of the first') == 2
-    assert script(*command, 2).count(' of the first') == 2  # the first repeat is there already
+    assert script(*command, 1).count('of_first_quartiles') == 2
+    log = script(*command, 2)
+    assert log.count('of_first_quartiles') == 2  # the first repeat is there already
     (plain, _), (full, again) = (case['runs'] for case in json.loads(out.read_text())['cases'].values())
     assert plain['of_first'] == 1 and full['of_first_quartiles'][0] <= full['of_first'] <= full['of_first_quartiles'][1]
     seconds, ratio = ((full[key] + again[key]) / 2 for key in ('step_seconds', 'of_first'))
-    assert f'| full | {1000 * seconds:.0f} ms | {ratio:.2f} (' in script('benchmarks/summarize.py', out)
+    assert f'| {1000 * seconds:.0f} ms | {ratio:.2f} (' in log
 
 
 def test_another_checkout_is_measured(tmp_path):
