@@ -44,7 +44,7 @@ LABELS = {
     'e3va+bf16': 'E³VA, as it comes',
     'e3va+bf16+taps-float8+sampled': 'E³VA, smallest',
     'e3va+rank4+mixer96': 'E³VA + mixers',
-    'e3va+rank4+mixer96+graph1': 'E³VA + mixers, last stage in the graph',
+    'e3va+rank4+mixer96+graph1': 'E³VA, extended',
 }
 
 

@@ -41,7 +41,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'accuracy', pages.format_accuracy, ('small_sets',)),
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),
     ('docs/memory.md', 'fits', pages.format_fits, ('fits',)),
-    ('docs/methods.md', 'methods', pages.format_methods, ('small_sets', 'steps')),
+    ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),
     (REPORT, 'target', pages.format_target, ('small_sets', 'more_seeds', 'steps')),
     (REPORT, 'more_seeds', _more_seeds, ('small_sets', 'more_seeds')),
     *((REPORT, name, _runs, (name,)) for name in TRAININGS),
