@@ -174,17 +174,21 @@ def main() -> None:
                 continue
             for name, result in zip(job, runs):
                 print(f'{name}: {result}', flush=True)
-                # Folders of the machine say nothing to others.
-                known = {**cases[name], 'config': Path(cases[name]['config']).name, 'folder': None, 'runs': []}
-                case = content['cases'].setdefault(name, known)
-                case['runs'].append(result)
-                case.update(provenance(args.commit))
+                record(content['cases'], name, cases[name], result)
+                content['cases'][name].update(provenance(args.commit))
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(content, indent=1) + '\n')
     if content['cases']:
         print(report(load_rows(out)))
     if failed:
         sys.exit(f'{failed} measurements failed; what ran is in {out}')
+
+
+def record(known: dict[str, dict], name: str, case: dict, result: dict) -> None:
+    """Adds a result to those of its case, which is known without folders: those of a machine say nothing to others."""
+    public = {**case, 'config': Path(case['config']).name, 'runs': []}
+    del public['folder']
+    known.setdefault(name, public)['runs'].append(result)
 
 
 if __name__ == '__main__':

@@ -13,19 +13,21 @@ import matplotlib.pyplot as plt
 from benchmarks.accuracy import Groups, mean_and_spread, metric_of, peak_memory
 from benchmarks.methods import label, without_rates
 
-MARKERS = 'osD^vP*<>dpXhH8'
+MARKERS = 'osD^vP*<>dpX'
 
 
 def draw_accuracy(groups: Groups, target: Path) -> None:
     """Accuracy against training memory, a panel a data set and a point a method; E³VA and its variants are grey."""
     names = dict.fromkeys(without_rates(method) for methods in groups.values() for method in methods)
-    markers = dict(zip(names, itertools.cycle(MARKERS)))
+    markers = {}
+    for ours in (False, True):
+        markers.update(zip([name for name in names if name.startswith('e3va') == ours], itertools.cycle(MARKERS)))
     figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 5), layout='constrained', squeeze=False)
     for axis, (dataset, methods) in zip(axes[0], groups.items()):
         for method, runs in methods.items():
             name = without_rates(method)
             fill = 'black' if name == 'full' else '0.6' if name.startswith('e3va') else 'white'
-            style = dict(marker=markers[name], markerfacecolor=fill, color='black', linestyle='none', capsize=3)
+            style = dict(marker=markers[name], markerfacecolor=fill, color='black', ls='none', ms=7, capsize=3)
             axis.errorbar(peak_memory(runs), *mean_and_spread(dataset, runs), label=label(name), **style)
         axis.set_title(dataset)
         axis.set_xlabel(f'peak memory in training (MiB, {runs[0]["report"]["peak_memory_kind"]})')
