@@ -8,6 +8,6 @@ from .compat import declare_torchvision_ops, resolve_config_scopes
 declare_torchvision_ops()
 resolve_config_scopes()
 
-from . import backbones, embedded, hooks, necks, optim  # noqa: E402, F401
+from . import backbones, checkpoints, hooks, necks, optim  # noqa: E402, F401
 
 __version__ = '0.1.0'

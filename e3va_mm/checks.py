@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -11,8 +12,31 @@ def check_count(option: str, value) -> None:
         raise ValueError(f'{option} must be an integer of at least 1, got {value!r}')
 
 
+def check_positive(option: str, value, most: float = math.inf) -> None:
+    """Raises a ValueError unless ``value`` is a finite number above 0 and at most ``most``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most or value == math.inf:
+        limit = '' if most == math.inf else f' and at most {most}'
+        raise ValueError(f'{option} must be a number above 0{limit}, got {value!r}')
+
+
+def check_choice(option: str, value, choices: Sequence) -> None:
+    """Raises a ValueError unless ``value`` is one of ``choices``."""
+    if value not in list(choices):
+        raise ValueError(f'{option} must be one of {list(choices)}, got {value!r}')
+
+
 def check_kernel_sizes(option: str, sizes) -> None:
     """Raises a ValueError unless ``sizes`` is a list of odd integers above 0."""
     are_odd = isinstance(sizes, Sequence) and all(isinstance(size, int) and size > 0 and size % 2 for size in sizes)
     if not are_odd or not sizes:
         raise ValueError(f'{option} must be a list of odd integers, got {sizes!r}')
+
+
+def check_options(option: str, given, known: Sequence[str]) -> dict:
+    """``given`` as a dict (empty for None); raises a ValueError unless it has no keys but ``known``."""
+    if not isinstance(given, (dict, type(None))):
+        raise ValueError(f'{option} must be a dict with options of {list(known)}, or None, got {given!r}')
+    unknown = sorted(set(given or {}) - set(known))
+    if unknown:
+        raise ValueError(f'unknown option {unknown} in {option}={dict(given)}; known are {list(known)}')
+    return dict(given or {})

@@ -11,6 +11,7 @@ from mmengine.registry import MODELS
 
 import e3va_mm  # noqa: F401  (registers the backbones)
 from e3va_mm.datasets.shapes import write_shapes
+from e3va_mm.highway.adapters import single_delta
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -82,6 +83,27 @@ def outputs_of_stock(model, images):
     """What the wrapped stock module returns by its own forward."""
     with torch.no_grad():
         return model.backbone(images)
+
+
+def reference_delta(taps, weights):
+    """Sum of the adapters' deltas in plain autograd, the definition of ``stage_delta``: taps (..., C) -> (..., C)."""
+    return sum(single_delta(tap, *fields) for tap, *fields in zip(taps, weights.down_in, *weights.bottleneck))
+
+
+class Recorder:
+    """An ear that keeps all that it hears: taps and levels (with their sizes) by stage."""
+
+    def __init__(self):
+        self.taps, self.levels = {}, {}
+
+    def tap(self, stage, tokens, size):
+        self.taps.setdefault(stage, []).append(tokens.clone())
+
+    def start(self, stage, tokens):
+        pass
+
+    def level(self, stage, tokens, size):
+        self.levels[stage] = tokens.clone(), size
 
 
 def saved_bytes(model, images) -> int:

@@ -1,11 +1,11 @@
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import reference_delta
 from torch.utils.flop_counter import FlopCounterMode
 
-from e3va_mm import adapters, tap_record
-from e3va_mm.adapters import AdapterWeights, BottleneckWeights, reference_delta, stage_delta
-from e3va_mm.tap_record import TapRecord, TapStorage, decompress
+from e3va_mm.highway import adapters, tap_record
+from e3va_mm.highway.adapters import AdapterWeights, BottleneckWeights, stage_delta
+from e3va_mm.highway.tap_record import TapRecord, TapStorage, decompress
 
 
 def make_weights(num=3, dims=6, branches=2, rank=2, hidden=4, dtype=torch.float64) -> AdapterWeights:
@@ -40,8 +40,6 @@ def fast_delta(taps, weights, **storage):
     record = TapRecord(weights.down_in, TapStorage(**storage))
     for tap in taps:
         record.add(tap)
-    if storage.get('recompute'):
-        record.rerun = lambda visit: [visit(tap) for tap in taps]
     return stage_delta(record, weights)
 
 
@@ -152,15 +150,6 @@ def test_keeps_taps_their_rank_space_and_cores_only():
         assert sizes == sorted([3 * 10 * 6 * bytes_per_value, 3 * 10 * 4 * 4, cores, *scales])
 
 
-def test_recomputed_taps_give_the_same_gradients_and_are_not_kept(group_bytes):
-    weights, taps = make_weights(), make_taps()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        recomputed = fast_delta(taps, weights, recompute=True)
-    assert not any(tensor.shape[-2:] == (10, 6) for tensor in kept)
-    torch.testing.assert_close(gradients(recomputed, weights), gradients(reference_delta(taps, weights), weights))
-
-
 def test_sampled_tokens_give_an_unbiased_gradient(monkeypatch):
     monkeypatch.setattr(tap_record, '_FEWEST_TOKENS', 4)
     weights, taps = make_weights(), make_taps(shape=(2, 20, 6))
@@ -203,6 +192,19 @@ def test_nothing_is_kept_without_gradient():
     assert record.kept is None
 
 
+def test_a_record_without_gradient_gives_none():
+    """In place of a gradient from memory that nothing has been written to."""
+    weights, taps = make_weights(), make_taps()
+    with torch.no_grad():
+        record = TapRecord(weights.down_in)
+    for tap in taps:
+        record.add(tap)
+    with pytest.raises(RuntimeError, match='recorded under no_grad'):
+        stage_delta(record, weights)
+    with torch.no_grad():
+        torch.testing.assert_close(stage_delta(record, weights), reference_delta(taps, weights))
+
+
 @pytest.mark.parametrize(
     ('shapes', 'message'),
     [([(2, 5, 6)] * 4, 'got number 4'), ([(2, 5, 6), (2, 4, 6)], r'number 2 of shape \(2, 4, 6\)')],
@@ -223,32 +225,3 @@ def test_under_compile():
     expected = reference_delta(taps, weights)
     torch.testing.assert_close(delta, expected)
     torch.testing.assert_close(gradients(delta, weights), gradients(expected, weights))
-
-
-def mixed_reference(taps, weights, size):
-    """The definition with mixing, an adapter and a channel at a time."""
-    total = 0
-    for number, tap in enumerate(taps):
-        reduced = tap @ weights.down_in[number]
-        images = reduced.transpose(1, 2).unflatten(2, size)
-        channels = [
-            F.conv2d(images[:, [channel]], kernel[None, None], padding='same')
-            for channel, kernel in enumerate(weights.mixing[number])
-        ]
-        reduced = reduced + torch.cat(channels, 1).flatten(2).transpose(1, 2)
-        fields = [field[[number]] for field in weights.bottleneck]
-        identity = torch.eye(reduced.shape[-1], dtype=reduced.dtype)[None]
-        total = total + reference_delta([reduced], pack(identity, *fields))
-    return total
-
-
-def test_mixing():
-    weights = make_weights()._replace(mixing=torch.randn(3, 4, 3, 3, dtype=torch.float64, requires_grad=True))
-    taps = make_taps(shape=(2, 20, 6))
-    record = TapRecord(weights.down_in)
-    for tap in taps:
-        record.add(tap)
-    fast, plain = stage_delta(record, weights, (4, 5)), mixed_reference(taps, weights, (4, 5))
-    torch.testing.assert_close(fast, plain)
-    both = [torch.autograd.grad(delta.square().sum(), (*flat(weights), weights.mixing)) for delta in (fast, plain)]
-    torch.testing.assert_close(*both)

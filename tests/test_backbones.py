@@ -7,7 +7,7 @@ from conftest import e3va, graph_nodes, outputs_of_stock, saved_bytes, stir, swi
 from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
-from e3va_mm import tap_record
+from e3va_mm.highway import tap_record
 
 SIZES = [(64, 64), (37, 91), (1, 5)]
 OPTIONS = [
@@ -15,12 +15,8 @@ OPTIONS = [
     dict(frozen_dtype='bfloat16'),
     dict(saved_dtype='bfloat16'),
     dict(saved_dtype='float8_e4m3fn', saved_fraction=0.25),
-    dict(recompute_taps=True, frozen_dtype='bfloat16'),
-    dict(adapter=dict(mixing=3)),
-    dict(mixer=dict(width=4, depth=2)),
+    dict(mixer=dict(width=4)),
     dict(mixer=dict(), saved_dtype='bfloat16', frozen_dtype='bfloat16'),
-    dict(mixer=dict(width=4, every=1), feedback=True),
-    dict(feedback=True, recompute_taps=True, saved_dtype='bfloat16', frozen_dtype='bfloat16'),
     dict(mixer=dict(width=4), graph_stages=1),
     dict(mixer=dict(width=4), graph_stages=2, saved_dtype='bfloat16', frozen_dtype='bfloat16'),
 ]
@@ -101,12 +97,6 @@ def test_parameter_count_of_the_paper(embed_dims, num_heads, count):
     assert sum(value.nbytes for value in model.state_dict().values()) < 8e6
 
 
-def test_parameter_count_with_mixing():
-    backbone = swin(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
-    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone, adapter=dict(mixing=3)))
-    assert sum(parameter.numel() for parameter in model.adapter_parameters().values()) == 1_204_224
-
-
 def test_exactly_adapters_and_output_norms_are_trained():
     model = e3va()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -135,13 +125,11 @@ def test_no_trained_parameter_is_idle_under_fewer_outputs(out_indices):
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
-@pytest.mark.parametrize(
-    ('options', 'number'), [({}, 4), (dict(mixer=dict(width=4, every=1), feedback=True), 8)], ids=['plain', 'feedback']
-)
-def test_no_block_is_in_the_graph(options, number):
+@pytest.mark.parametrize('options', [{}, dict(mixer=dict(width=4))], ids=['plain', 'mixer'])
+def test_no_block_is_in_the_graph(options):
     model = stir(e3va(**options))
     names = [type(node).__name__ for node in graph_nodes(model(torch.randn(1, 3, 64, 64)))]
-    assert names.count('RankExpansionBackward') == number
+    assert names.count('RankExpansionBackward') == 4
     assert not [name for name in names if 'Softmax' in name or 'Gelu' in name or 'Bmm' in name]
 
 
@@ -173,73 +161,34 @@ def test_saves_a_fraction_of_what_full_backpropagation_saves(monkeypatch):
     assert sampled < 0.04 * full
 
 
-@pytest.mark.parametrize('feedback', [False, True])
 @pytest.mark.parametrize('backbone', [swin(), timm_features('convnext_base')], ids=['mm', 'timm'])
-def test_no_frozen_tokens_outlive_the_forward_pass(backbone, feedback, monkeypatch):
+def test_no_frozen_tokens_outlive_the_forward_pass(backbone, monkeypatch):
     """What closures keep alive costs memory as well, but no hook for saved tensors sees it."""
-    model, references = e3va(backbone, feedback=feedback), []
+    model, references = e3va(backbone), []
+    level = model.family.level
 
-    def watched(call):
-        def run(*args, **kwargs):
-            results = call(*args, **kwargs)
-            references.append(weakref.ref(results if isinstance(results, torch.Tensor) else results[0]))
-            return results
+    def watched(*args):
+        tokens, size = level(*args)
+        references.append(weakref.ref(tokens))
+        return tokens, size
 
-        return run
-
-    model(torch.randn(1, 3, 64, 64))  # finds out the sizes of the stages
-    for name in ('embed', 'run_stage', 'follow'):
-        monkeypatch.setattr(model.taps, name, watched(getattr(model.taps, name)))
+    model(torch.randn(1, 3, 64, 64))
+    monkeypatch.setattr(model.family, 'level', watched)
     outputs = model(torch.randn(1, 3, 64, 64))
-    assert outputs[0].requires_grad and len(references) == 8
-    assert [reference() for reference in references] == [None] * 8
+    assert outputs[0].requires_grad and len(references) == 4
+    assert [reference() for reference in references] == [None] * 4
 
 
-def test_mixing_starts_silent_and_lets_tokens_see_one_another():
-    model, images = e3va(adapter=dict(mixing=3)), torch.randn(1, 3, 64, 64)
-    for output, stock in zip(model(images), outputs_of_stock(model, images)):
-        torch.testing.assert_close(output, stock, rtol=0, atol=1e-5)
-    stir(model)
-    before = model(images)[0]
-    with torch.no_grad():
-        model.highway[0].mixing.zero_()
-    assert not torch.allclose(before, model(images)[0])
-
-
-def test_recomputed_taps_give_the_same_gradients():
-    images = torch.randn(2, 3, 50, 70)
-    kept, recomputed = stir(e3va()), stir(e3va(recompute_taps=True))
-    for model in (kept, recomputed):
-        sum(output.square().sum() for output in model(images)).backward()
-    for parameter, other in zip(kept.parameters(), recomputed.parameters()):
-        assert parameter.grad is None or torch.allclose(parameter.grad, other.grad)
-
-
-def test_pca_basis_is_fixed_to_the_first_training_batch():
-    model = e3va(adapter=dict(rank=2, basis='pca'))
-    start = model.highway[0].down_in.clone()
-    images = torch.randn(2, 3, 64, 64)
-    model.eval()(images)
-    assert torch.equal(model.highway[0].down_in, start)
-    outputs = model.train()(images)
-    fitted = model.highway[0].down_in.clone()
-    assert not torch.equal(fitted, start)
-    for output, stock in zip(outputs, outputs_of_stock(model, images)):
-        torch.testing.assert_close(output, stock, rtol=0, atol=1e-5)
-    model(torch.randn(2, 3, 64, 64))
-    assert torch.equal(model.highway[0].down_in, fitted)
-    stir(model)
-    sum(output.square().sum() for output in model(images)).backward()
-    idle = {name for name, parameter in model.highway.named_parameters() if parameter.grad is None}
-    assert idle == {f'{index}.down_in' for index in range(4)}
-
-
-def test_compiled_frozen_forward():
-    torch.compiler.reset()
-    model, images = stir(e3va(swin(out_indices=(0,)), compile_frozen=True)), torch.randn(1, 3, 64, 64)
-    plain = stir(e3va(swin(out_indices=(0,))))
-    plain.load_state_dict(model.state_dict(), strict=False)
-    torch.testing.assert_close(model(images), plain(images), rtol=0, atol=1e-5)
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_trains_after_a_forward_without_gradient(mode):
+    """Of the same image size, so that what is cached is used again."""
+    model, images = stir(e3va(mixer=dict(width=4), graph_stages=1)), torch.randn(1, 3, 64, 64)
+    with mode():
+        expected = model(images)
+    outputs = model(images)
+    assert all(torch.equal(one, other) for one, other in zip(outputs, expected))
+    sum(output.square().sum() for output in outputs).backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
 
 
 def test_train_leaves_the_frozen_part_in_eval():
@@ -286,8 +235,7 @@ def test_frozen_method():
         (dict(mixer=dict(widht=8)), ValueError, r"unknown option \['widht'\] in mixer.*known are \['width'"),
         (dict(mixer=True), ValueError, 'mixer must be a dict .* got True'),
         (dict(mixer=dict(width=0)), ValueError, 'mixer.width .* got 0'),
-        (dict(mixer=dict(depth=0)), ValueError, 'mixer.depth .* got 0'),
-        (dict(mixer=dict(every=0)), ValueError, 'mixer.every .* got 0'),
+        (dict(mixer=dict(depth=2)), ValueError, r"unknown option \['depth'\] in mixer"),
         (dict(mixer=dict(kernel_sizes=(3, 4))), ValueError, r'mixer.kernel_sizes .* got \(3, 4\)'),
         (dict(frozen_dtype='int8'), ValueError, "frozen_dtype must be one of .* got 'int8'"),
         (dict(saved_dtype='float4'), ValueError, "saved_dtype must be one of .* got 'float4'"),

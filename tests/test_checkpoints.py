@@ -9,8 +9,8 @@ from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
 from safetensors.torch import save_file
 
-from e3va_mm.backbones import CheckpointMismatchError
-from e3va_mm.checkpoints import DamagedCheckpointError, latest_checkpoint, publish, read_checkpoint, unpublish
+from e3va_mm.checkpoints.errors import CheckpointMismatchError, DamagedCheckpointError
+from e3va_mm.checkpoints.files import latest_checkpoint, publish, read_checkpoint, unpublish
 
 
 def pretrained(weights, **options):

@@ -97,4 +97,4 @@ def test_a_five_line_config(tmp_path):
     )
     config = shrink(Config.fromfile(path))
     init_default_scope('mmseg')
-    assert MODELS.build(config.model).backbone.taps.block_taps == [[2], [2], [2, 2], [2]]
+    assert [len(stage.blocks) for stage in MODELS.build(config.model).backbone.family.stages] == [1, 1, 2, 1]

@@ -14,8 +14,8 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import Dataset
 
-from e3va_mm.backbones import CheckpointMismatchError
-from e3va_mm.checkpoints import latest_checkpoint, restore_history, to_plain
+from e3va_mm.checkpoints.errors import CheckpointMismatchError
+from e3va_mm.checkpoints.files import latest_checkpoint, restore_history, to_plain
 from e3va_mm.hooks.amp import Float32OpsHook
 from e3va_mm.hooks.report import count_parameters, format_table
 

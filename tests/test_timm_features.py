@@ -8,7 +8,7 @@ from mmengine.registry import MODELS
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from e3va_mm.backbones import CheckpointMismatchError
+from e3va_mm.checkpoints.errors import CheckpointMismatchError
 
 
 def test_checkpoint_of_another_base(tmp_path):
@@ -63,7 +63,7 @@ def test_agrees_with_timm(name, published):
     found, expected = backbone(inputs), FEATURES[name](source, resized if 'patch14' in name else inputs)
     assert len(found) == len(expected) == 4
     timm_has_norm = name in ('vit_tiny_patch16_224', 'vit_large_patch16_dinov3', 'pvt_v2_b0')
-    for norm, one, other in zip(backbone.norm_names, found, expected):
+    for norm, one, other in zip(backbone.family.norm_names, found, expected):
         other = other.permute(0, 2, 3, 1)
         normed = other if timm_has_norm else backbone.get_submodule(norm)(other)
         assert_close(one, normed.permute(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
@@ -72,7 +72,7 @@ def test_agrees_with_timm(name, published):
 @torch.no_grad()
 def test_last_map_is_what_timm_returns(published):
     source, backbone = published('vit_tiny_patch16_224')
-    expected = source.forward_features(images((64, 96)))[:, backbone.stages.num_prefix :]
+    expected = source.forward_features(images((64, 96)))[:, backbone.family.num_prefix :]
     assert_close(backbone(images((64, 96)))[-1].flatten(2).transpose(1, 2), expected)
 
 

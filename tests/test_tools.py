@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, tool
 
-from e3va_mm.checkpoints import latest_checkpoint, read_checkpoint
+from e3va_mm.checkpoints.files import latest_checkpoint, read_checkpoint
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import VISUALIZERS, init_default_scope
 
 import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
-from e3va_mm.checkpoints import read_checkpoint
+from e3va_mm.checkpoints.files import read_checkpoint
 
 IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
 from e3va_mm.backbones.tuned import TunedBackbone
-from e3va_mm.checkpoints import read_checkpoint
+from e3va_mm.checkpoints.files import read_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from e3va_mm.checkpoints import publish, unpublish
+from e3va_mm.checkpoints.files import publish, unpublish
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 from mmengine.config import Config, ConfigDict
 
-from e3va_mm.checkpoints import read_checkpoint
+from e3va_mm.checkpoints.files import read_checkpoint
 from e3va_mm.launch import add_common_arguments, build_runner, check_data, end_distributed_run, load_config
 
 

@@ -6,7 +6,7 @@ import argparse
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from e3va_mm.checkpoints import latest_checkpoint, read_checkpoint
+from e3va_mm.checkpoints.files import latest_checkpoint, read_checkpoint
 from e3va_mm.launch import (
     add_common_arguments,
     build_runner,

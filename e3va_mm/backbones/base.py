@@ -13,12 +13,13 @@ from mmengine.model.weight_init import initialize
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..custom_taps import CustomTaps
-from ..freezing import describe_difference, fingerprint, freeze, frozen_tensors, named_tensors
-from ..taps import build_taps, supported_backbones
-from .base_weights import CheckpointMismatchError, load_base_weights, names_weights, weights_source
+from ..checkpoints.base_weights import load_base_weights, names_weights, weights_source
+from ..checkpoints.errors import CheckpointMismatchError
+from ..checkpoints.fingerprint import FINGERPRINT, describe_difference, fingerprint, frozen_tensors, named_tensors
+from ..checks import check_choice
+from ..families.custom import CustomFamily
+from ..families.registry import find_family, supported_backbones
 
-FINGERPRINT = 'base_fingerprint'
 _FROZEN_DTYPES = {None: None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
 # Their parameters are what autocast rounds in every call.
 _MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -38,8 +39,7 @@ class FrozenBackbone(BaseModule):
             are; 'auto' is 'bfloat16' where the constructor finds a CUDA device that computes in it, else ``None``.
         init_cfg: mmengine initialisation of the wrapper itself, e.g. ``dict(type='Pretrained', checkpoint=...)``
             with a trained adapter.
-        compile_frozen: run what is tapped through ``torch.compile``.
-        taps: where to tap a backbone of an unknown family, see :class:`~e3va_mm.custom_taps.CustomTaps`.
+        taps: where to tap a backbone of an unknown family, see :class:`~e3va_mm.families.custom.CustomFamily`.
 
     Raises:
         KeyError, TypeError: ``backbone`` names no registered or no supported type.
@@ -51,13 +51,12 @@ class FrozenBackbone(BaseModule):
         backbone: dict | nn.Module,
         frozen_dtype: str | None = None,
         init_cfg: dict | None = None,
-        compile_frozen: bool = False,
         taps: list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         self.frozen_dtype = parse_dtype('frozen_dtype', frozen_dtype, {**_FROZEN_DTYPES, 'auto': _fast_dtype()})
         self.backbone = backbone if isinstance(backbone, nn.Module) else _build(backbone)
-        self.taps = CustomTaps(self.backbone, taps) if taps else build_taps(self.backbone, compile_frozen)
+        self.family = CustomFamily(self.backbone, taps) if taps else find_family(self.backbone)
         self._trained_base: set[str] = set()
         self._base_is_loaded = False
         self._base_record: dict[str, Tensor] = {}
@@ -69,7 +68,9 @@ class FrozenBackbone(BaseModule):
         Freezing belongs to construction: optimizers with ``paramwise_cfg`` are built before weights are loaded.
         """
         self._trained_base = set(trained)
-        freeze(self.backbone, self._trained_base)
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(name in self._trained_base)
+        self.backbone.eval()
         if self.frozen_dtype:
             self._reduce_matrices()
 
@@ -120,7 +121,7 @@ class FrozenBackbone(BaseModule):
         """
         staging = self._staging()
         if names_weights(self.backbone):
-            load_base_weights(staging, optional=set(self.taps.norm_names))
+            load_base_weights(staging, optional=set(self.family.norm_names))
         else:
             message = 'backbone.init_cfg names no weights: the frozen base is random, and no checkpoint will hold it'
             print_log(message, logger='current', level=logging.WARNING)
@@ -128,7 +129,7 @@ class FrozenBackbone(BaseModule):
         self._base_record['fingerprint'] = fingerprint(frozen_tensors(staging, self._trained_base))
         if staging is not self.backbone:
             self._adopt(staging)
-        self.taps.remember()
+        self.family.remember()
         self._base_is_loaded = True
 
     def _staging(self) -> nn.Module:
@@ -141,8 +142,12 @@ class FrozenBackbone(BaseModule):
         for tensor, value in zip(named_tensors(self.backbone).values(), named_tensors(staging).values()):
             tensor.copy_(value)
 
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained beside the backbone, by name; in tables of parameters it is a part of its own."""
+        return {}
+
     def base_fingerprint(self) -> Tensor:
-        """(number of frozen tensors,) int64; see :func:`e3va_mm.freezing.fingerprint`."""
+        """(number of frozen tensors,) int64; see :func:`e3va_mm.checkpoints.fingerprint.fingerprint`."""
         if 'fingerprint' in self._base_record:
             return self._base_record['fingerprint']
         # Until the base is loaded its values may change, so nothing is recorded here.
@@ -209,8 +214,7 @@ def _fast_dtype() -> torch.dtype | None:
 
 def parse_dtype(option: str, value: str | None, allowed: dict) -> torch.dtype | None:
     """The dtype that an option's value stands for, or a ValueError that names both."""
-    if value not in allowed:
-        raise ValueError(f'{option} must be one of {list(allowed)}, got {value!r}')
+    check_choice(option, value, allowed)
     return allowed[value]
 
 

@@ -12,33 +12,10 @@ from mmengine.registry import MODELS
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..hiera_stages import HieraStages
-from ..timm_stages import (
-    ConvNeXtStages,
-    EvaStages,
-    InvertedResidualStages,
-    PVTStages,
-    SAMStages,
-    SwinStages,
-    TIMMStages,
-    ViTStages,
-)
-from .base_weights import CheckpointMismatchError, describe_missing
-
-# timm's modules, by the name of their file.
-TIMM_FAMILIES: dict[str, type[TIMMStages]] = {
-    'convnext': ConvNeXtStages,
-    'deit': ViTStages,
-    'efficientnet': InvertedResidualStages,
-    'eva': EvaStages,
-    'hiera': HieraStages,
-    'mobilenetv3': InvertedResidualStages,
-    'pvt_v2': PVTStages,
-    'swin_transformer': SwinStages,
-    'swin_transformer_v2': SwinStages,
-    'vision_transformer': ViTStages,
-    'vision_transformer_sam': SAMStages,
-}
+from ..checkpoints.base_weights import describe_missing
+from ..checkpoints.errors import CheckpointMismatchError
+from ..families.registry import find_timm_family, timm_modules
+from ..families.timm_base import TIMMFamily
 
 
 @MODELS.register_module()
@@ -46,11 +23,11 @@ class TIMMFeatures(BaseModule):
     """A timm model that returns normalised feature maps, for images of any size.
 
     Hierarchical models return one map a stride (4, 8, 16, 32), plain ViTs one each after a quarter, half, three
-    quarters and all of their depth, at the stride of a patch (see :class:`~e3va_mm.timm_stages.ViTStages`); put
+    quarters and all of their depth, at the stride of a patch (see :class:`~e3va_mm.families.timm_vits.ViTFamily`); put
     :class:`~e3va_mm.necks.SimpleFeaturePyramid` on top of these.
 
     Args:
-        model_name: as timm lists it, of a family in :mod:`e3va_mm.timm_stages`.
+        model_name: as timm lists it, of a family in :mod:`e3va_mm.families.registry`.
         pretrained: load the weights that timm publishes for it, from its hub.
         checkpoint: load weights from this file (``.pth`` or ``.safetensors``) instead, in timm's or the authors' names.
         out_indices: which of the maps to return, by increasing stride or depth.
@@ -81,15 +58,10 @@ class TIMMFeatures(BaseModule):
         self.checkpoint = checkpoint or (init_cfg or {}).get('checkpoint')
         self.pretrained = pretrained
         self.model = self.create(pretrained=False)
-        self.stages = family(self.model)
-        levels = self.stages.levels
-        if not out_indices or not set(out_indices) <= set(range(len(levels))):
-            raise ValueError(f'out_indices={out_indices!r}, but {model_name} has maps 0 to {len(levels) - 1}')
-        self.out_stages = [levels[index] for index in out_indices]
-        self.norm_names = [f'norm{index}' for index in out_indices]
-        for name, stage in zip(self.norm_names, self.out_stages):
-            self.add_module(name, self.stages.norm(stage))
-        for name in self.stages.unused:
+        self.family = family(self, out_indices)
+        for name, norm in self.family.new_norms.items():
+            self.add_module(name, norm)
+        for name in family.unused:
             parent, _, child = name.rpartition('.')
             if child in dict(self.model.get_submodule(parent).named_children()):
                 setattr(self.model.get_submodule(parent), child, nn.Identity())
@@ -97,22 +69,13 @@ class TIMMFeatures(BaseModule):
     @property
     def embed_dims(self) -> list[int]:
         """Channels of the maps."""
-        return [self.stages.embed_dims[stage] for stage in self.out_stages]
+        return [stage.embed_dims for stage in self.family.stages if stage.norm]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """images (B, 3, H, W) -> (B, C_s, H_s, W_s) for each of ``out_indices``, with gradient to all parameters."""
-        tokens, size = self.stages.embed(images)
-        norms, outputs = dict(zip(self.out_stages, self.norm_names)), []
-        for stage, blocks in enumerate(self.stages.blocks):
-            for block in blocks:
-                tokens = self.stages.run_block(block, tokens, size)
-            if stage in norms:
-                normed = getattr(self, norms[stage])(tokens[:, self.stages.num_prefix :])
-                outputs.append(normed.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
-            if len(outputs) == len(norms):
-                break
-            tokens, size = self.stages.advance(stage, tokens, size)
-        return tuple(outputs)
+        maps = self.family.maps(self.family.prepare(images))
+        norms = (self.get_submodule(name) for name in self.family.norm_names)
+        return tuple(norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous() for norm, x in zip(norms, maps))
 
     @property
     def names_weights(self) -> bool:
@@ -132,21 +95,23 @@ class TIMMFeatures(BaseModule):
     def load_weights(self) -> None:
         """Loads ``checkpoint``, or what timm publishes."""
         # Into a model with all of its parts: the file has them, and the output norms start from them.
-        complete = type(self.stages)(self.create(pretrained=not self.checkpoint))
+        complete = self.create(pretrained=not self.checkpoint)
         if self.checkpoint:
-            load_file(complete, self.checkpoint, self.weights_source)
-        weights = complete.model.state_dict()
+            load_file(self.family, complete, self.checkpoint, self.weights_source)
+        weights = complete.state_dict()
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
-        for name, stage in zip(self.norm_names, self.out_stages):
-            # In place: wrappers hold on to these modules.
-            self.get_submodule(name).load_state_dict(complete.norm(stage).state_dict())
+        for index, stage in enumerate(self.family.stages):
+            if stage.norm:
+                # In place: wrappers hold on to these modules.
+                self.get_submodule(stage.norm).load_state_dict(self.family.new_norm(complete, index).state_dict())
 
 
-def load_file(stages: TIMMStages, checkpoint: str, source: str) -> None:
+def load_file(family: TIMMFamily, model: nn.Module, checkpoint: str, source: str) -> None:
     """Loads a timm model from a file, which may be in the authors' key names and lack or have a classifier.
 
     Args:
-        stages: of the model.
+        family: of the model.
+        model: changed in place.
         checkpoint: the file's path.
         source: what messages call it.
 
@@ -159,10 +124,9 @@ def load_file(stages: TIMMStages, checkpoint: str, source: str) -> None:
         weights = _import_timm().models.load_state_dict(checkpoint)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise CheckpointMismatchError(f'{source} can not be read, it may be damaged: {error}') from error
-    model = stages.model
     try:
-        weights = stages.convert(weights)
-        optional = tuple(f'{name}.' for name in stages.unused)
+        weights = family.convert(model, weights)
+        optional = tuple(f'{name}.' for name in family.unused)
         needed = [
             name
             for name in model.state_dict()
@@ -185,14 +149,13 @@ def _import_timm():
     return timm
 
 
-def _family(model_name: str) -> type[TIMMStages]:
+def _family(model_name: str) -> type[TIMMFamily]:
     timm = _import_timm()
     if not timm.is_model(model_name):
         close = difflib.get_close_matches(model_name, timm.list_models(), 3)
         raise ValueError(f'timm has no model_name={model_name!r}; similar: {close}')
     module = timm.models.model_entrypoint(model_name).__module__.rpartition('.')[2]
-    if module not in TIMM_FAMILIES:
-        raise ValueError(
-            f'model_name={model_name!r} is of the family {module!r}; supported are {sorted(TIMM_FAMILIES)}'
-        )
-    return TIMM_FAMILIES[module]
+    family = find_timm_family(module)
+    if family is None:
+        raise ValueError(f'model_name={model_name!r} is of the family {module!r}; supported are {timm_modules()}')
+    return family

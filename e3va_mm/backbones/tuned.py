@@ -26,15 +26,11 @@ class TunedBackbone(FrozenBackbone):
     """
 
     def __init__(
-        self,
-        backbone: dict | nn.Module,
-        method: dict,
-        frozen_dtype: str | None = None,
-        init_cfg: dict | None = None,
+        self, backbone: dict | nn.Module, method: dict, frozen_dtype: str | None = None, init_cfg: dict | None = None
     ) -> None:
         super().__init__(backbone, frozen_dtype, init_cfg)
         stock = copy.deepcopy(self.backbone)
-        self.method = build_method(self.taps, method)
+        self.method = build_method(self.family, method)
         self.method.inject(self.backbone)
         # Weights are loaded by their stock names; where those are gone, a stock module is kept until then.
         self._stock = [stock] if list(stock.state_dict()) != list(self.backbone.state_dict()) else []
@@ -57,7 +53,7 @@ class TunedBackbone(FrozenBackbone):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """images (B, 3, H, W) -> feature maps as the stock backbone's, (B, C_s, H_s, W_s) each."""
         with self.frozen_forward(images):
-            return tuple(self.restore_dtype(output) for output in self.method.run(self.taps, images))
+            return tuple(self.restore_dtype(output) for output in self.method.run(self.family, images))
 
     def merge(self) -> nn.Module:
         """The stock backbone with the method's updates folded into its weights; changes this module.

@@ -16,9 +16,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner.base_loop import BaseLoop
 from mmengine.runner.checkpoint import get_state_dict
 
-from ..backbones import CheckpointMismatchError
-from ..backbones.base import FINGERPRINT
-from ..checkpoints import restore_history, to_plain
+from ..checkpoints.errors import CheckpointMismatchError
+from ..checkpoints.files import restore_history, to_plain
+from ..checkpoints.fingerprint import FINGERPRINT
 
 
 class AtomicLocalBackend(LocalBackend):

@@ -15,7 +15,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import nn
 
-from ..checkpoints import to_plain
+from ..checkpoints.files import to_plain
 
 MIB = 2**20
 
@@ -27,17 +27,18 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
         ``{part: {'trainable': n, 'frozen': n}}`` for the parts backbone, highway (adapters and mixers), neck and head.
     """
     counts: dict[str, dict[str, int]] = {}
+    adapters = {
+        id(parameter)
+        for module in model.modules()
+        if hasattr(module, 'adapter_parameters')
+        for parameter in module.adapter_parameters().values()
+    }
     for name, parameter in model.named_parameters():
-        part = counts.setdefault(_part_of(name), {'trainable': 0, 'frozen': 0})
+        top = name.partition('.')[0]
+        part = 'highway' if id(parameter) in adapters else top if top in ('backbone', 'neck') else 'head'
+        part = counts.setdefault(part, {'trainable': 0, 'frozen': 0})
         part['trainable' if parameter.requires_grad else 'frozen'] += parameter.numel()
     return counts
-
-
-def _part_of(name: str) -> str:
-    top, _, rest = name.partition('.')
-    if top == 'backbone' and rest.startswith(('highway.', 'mixers.')):
-        return 'highway'
-    return top if top in ('backbone', 'neck') else 'head'
 
 
 def format_table(counts: dict[str, dict[str, int]]) -> str:

@@ -1,6 +1,6 @@
 """Comparison methods for :class:`~e3va_mm.backbones.tuned.TunedBackbone`, one dict each.
 
-A method is a module with its own parameters, built on the taps of a backbone. It may hook the backbone's modules; it
+A method is a module with its own parameters, built on the family of a backbone. It may hook the backbone's modules; it
 never copies or replaces the backbone's code.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 
-from ..taps import SwinTaps
+from ..checks import check_options
+from ..families.base import Family
+from ..families.swin import SwinFamily
 from .base import Method
 from .inserted import Adapter, AdaptFormer, LoRand, Mona
 from .peft_methods import PEFT, LoRA
@@ -21,7 +23,7 @@ METHODS = {
 }
 
 
-def build_method(taps: SwinTaps, config: dict) -> Method:
+def build_method(family: Family, config: dict) -> Method:
     """Builds ``dict(type=..., **options)`` on a backbone.
 
     Raises:
@@ -32,16 +34,16 @@ def build_method(taps: SwinTaps, config: dict) -> Method:
     cls = METHODS.get(options.pop('type', None))
     if cls is None:
         raise ValueError(f'method must be dict(type=...) with a type of {list(METHODS)}, got {config!r}')
-    if cls.swin_only and not isinstance(taps, SwinTaps):
-        raise ValueError(f'{cls.__name__} is defined for SwinTransformer only, not for {type(taps.backbone).__name__}')
+    if cls.swin_only and not isinstance(family, SwinFamily):
+        name = type(family.backbone).__name__
+        raise ValueError(f'{cls.__name__} is defined for SwinTransformer only, not for {name}')
     parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
     named = [parameter for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
     known, takes_any = [parameter.name for parameter in named], len(named) < len(parameters)
-    unknown = sorted(set(options) - set(known))
-    if unknown and not takes_any:
-        raise ValueError(f'unknown option {unknown} in method={dict(config)}; known are {known}')
+    if not takes_any:
+        check_options('method', options, known)
     missing = [parameter.name for parameter in named if parameter.default is parameter.empty]
     missing = [name for name in missing if name not in options]
     if missing:
         raise ValueError(f'method={dict(config)} lacks {missing}')
-    return cls(taps, **options)
+    return cls(family, **options)

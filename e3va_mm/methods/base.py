@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..taps import SwinTaps
+from ..families.base import Family
 
 
 class Method(nn.Module):
@@ -13,7 +13,7 @@ class Method(nn.Module):
     Subclasses add parameters, hook the backbone, or name parameters of the backbone that are trained.
 
     Args:
-        taps: of the stock backbone, which must not become a submodule.
+        family: of the stock backbone, which must not become a submodule.
     """
 
     # Whether the backbone takes part in training as a stock one does: dropout, stochastic depth, batch statistics.
@@ -21,7 +21,7 @@ class Method(nn.Module):
     # Whether it works by what only mm's Swin blocks offer: being called with the tokens' height and width.
     swin_only = False
 
-    def __init__(self, taps: SwinTaps) -> None:
+    def __init__(self, family: Family) -> None:
         super().__init__()
 
     def inject(self, backbone: nn.Module) -> None:
@@ -31,6 +31,6 @@ class Method(nn.Module):
         """Names of the backbone's own parameters that are trained."""
         return set()
 
-    def run(self, taps: SwinTaps, images: Tensor) -> tuple[Tensor, ...]:
+    def run(self, family: Family, images: Tensor) -> tuple[Tensor, ...]:
         """images (B, 3, H, W) -> the feature maps, (B, C_s, H_s, W_s) each."""
-        return taps.backbone(images)
+        return family.backbone(images)

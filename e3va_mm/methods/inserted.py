@@ -1,43 +1,46 @@
 """Methods that insert modules into the backbone's blocks; gradient runs through the whole backbone.
 
-They are inserted by forward hooks, so that the backbone keeps its code and its key names. The hooks are objects, not
+They are inserted by forward hooks, so that the backbone keeps its code and its key names. The hooks are partials, not
 closures, because a deep copy of the model (EMAHook) must call the copy's own modules.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_count, check_kernel_sizes
-from ..highway import StageHighway
-from ..mixer import MultiScaleDepthwise
-from ..taps import BlockSites, Size, SwinTaps
+from ..families.base import Block, Family, Size
+from ..highway.adapters import single_delta
+from ..highway.mixer import MultiScaleDepthwise
+from ..highway.stage_adapters import StageAdapters
 from .base import Method
 
 
-class _After:
-    """Forward hook: the module's output goes through ``inserted``, which adds to it."""
-
-    def __init__(self, inserted: nn.Module) -> None:
-        self.inserted = inserted
-
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output + self.inserted(output)
+def _after(inserted: nn.Module, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output + inserted(output)
 
 
-class _Beside(_After):
-    """Forward hook: ``inserted`` reads the module's input and adds to its output."""
-
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output + self.inserted(args[0])
+def _beside(inserted: nn.Module, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output + inserted(args[0])
 
 
-def _branches(sites: BlockSites) -> tuple[nn.Module, nn.Module]:
-    if sites.attention is None or sites.mlp is None:
-        raise ValueError(f'this method needs blocks with attn and mlp, and {type(sites.block).__name__} has not both')
-    return sites.attention, sites.mlp
+def _after_block(inserted: nn.Module, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return output + inserted(output, args[1])
+
+
+def _branches(family: Family) -> Iterator[tuple[Block, int, nn.Module, nn.Module]]:
+    """Each block with its width and its two branches, in the order of execution."""
+    for stage in family.stages:
+        for block in stage.blocks:
+            if block.attention is None or block.mlp is None:
+                name = type(family.module(block.name)).__name__
+                raise ValueError(f'this method needs blocks with attn and mlp, and {name} has not both')
+            yield block, stage.embed_dims, family.module(block.attention), family.module(block.mlp)
 
 
 class Bottleneck(nn.Module):
@@ -72,14 +75,14 @@ class Adapter(Method):
         width: of the bottleneck.
     """
 
-    def __init__(self, taps: SwinTaps, width: int = 64) -> None:
-        super().__init__(taps)
+    def __init__(self, family: Family, width: int = 64) -> None:
+        super().__init__(family)
         check_count('method.width', width)
         self.inserted = nn.ModuleList()
-        for sites in taps.blocks():
-            for module in _branches(sites):
-                self.inserted.append(Bottleneck(sites.embed_dims, width))
-                module.register_forward_hook(_After(self.inserted[-1]))
+        for _, dims, *branches in _branches(family):
+            for module in branches:
+                self.inserted.append(Bottleneck(dims, width))
+                module.register_forward_hook(partial(_after, self.inserted[-1]))
 
 
 class AdaptFormer(Method):
@@ -97,49 +100,49 @@ class AdaptFormer(Method):
         ValueError: ``attention`` where a block's attention pools, so that nothing of one shape is beside it (Hiera).
     """
 
-    def __init__(self, taps: SwinTaps, width: int = 64, scale: float = 0.1, attention: bool = True) -> None:
-        super().__init__(taps)
+    def __init__(self, family: Family, width: int = 64, scale: float = 0.1, attention: bool = True) -> None:
+        super().__init__(family)
         check_count('method.width', width)
         self.inserted = nn.ModuleList()
-        for sites in taps.blocks():
-            if attention and getattr(sites.block, 'do_expand', False):
-                name = type(sites.block).__name__
+        for block, dims, *branches in _branches(family):
+            if attention and block.pools:
+                name = type(family.module(block.name)).__name__
                 raise ValueError(f'method.attention=True does not fit {name}, whose attention pools; set it to False')
-            for module in _branches(sites)[0 if attention else 1 :]:
-                self.inserted.append(Bottleneck(sites.embed_dims, width, F.relu, scale))
-                module.register_forward_hook(_Beside(self.inserted[-1]))
+            for module in branches[0 if attention else 1 :]:
+                self.inserted.append(Bottleneck(dims, width, F.relu, scale))
+                module.register_forward_hook(partial(_beside, self.inserted[-1]))
 
 
 class LoRand(Method):
     """Low-rank adapters behind attention and MLP (Yin et al., arXiv 2211.13587); 1,197,312 parameters for Swin-B.
 
-    They are E³VA's adapters (see :mod:`e3va_mm.adapters`), in the backbone instead of beside it. Deviation: they start
-    at zero unless ``init='kaiming'``, which is the authors' start.
+    They are E³VA's adapters (:mod:`e3va_mm.highway.adapters`), in the backbone. Deviation: they start at zero unless
+    ``init='kaiming'``, which is the authors' start.
 
     Args:
-        rank, branches, hidden_ratio, init: see :class:`~e3va_mm.highway.StageHighway`.
+        rank, branches, hidden_ratio, init: see :class:`~e3va_mm.highway.stage_adapters.StageAdapters`.
         shared_core: whether the two projections share their core ``K``, as the paper's counts have it.
     """
 
     def __init__(
         self,
-        taps: SwinTaps,
+        family: Family,
         rank: int = 8,
         branches: int = 2,
         hidden_ratio: float = 0.5,
         init: str = 'zero',
         shared_core: bool = True,
     ) -> None:
-        super().__init__(taps)
+        super().__init__(family)
         options = dict(rank=rank, branches=branches, hidden_ratio=hidden_ratio, init=init)
         self.inserted = nn.ModuleList()
-        for sites in taps.blocks():
-            for module in _branches(sites):
-                self.inserted.append(_LowRankBottleneck(sites.embed_dims, shared_core, **options))
-                module.register_forward_hook(_After(self.inserted[-1]))
+        for _, dims, *branches in _branches(family):
+            for module in branches:
+                self.inserted.append(_LowRankBottleneck(dims, shared_core, **options))
+                module.register_forward_hook(partial(_after, self.inserted[-1]))
 
 
-class _LowRankBottleneck(StageHighway):
+class _LowRankBottleneck(StageAdapters):
     """One adapter of a highway's stage, differentiable in its input."""
 
     def __init__(self, embed_dims: int, shared_core: bool, **options) -> None:
@@ -147,11 +150,8 @@ class _LowRankBottleneck(StageHighway):
         self.up_core = None if shared_core else nn.Parameter(self.core.detach().clone())
 
     def forward(self, tokens: Tensor) -> Tensor:
-        down_in = self.down_in[0]
-        core, down_out, down_bias, up_in, up_out, up_bias = (field[0] for field in self.weights.bottleneck)
-        up_core = core if self.up_core is None else self.up_core[0]
-        hidden = F.gelu(tokens @ down_in @ torch.block_diag(*core) @ down_out + down_bias)
-        return hidden @ up_in @ torch.block_diag(*up_core) @ up_out + up_bias
+        fields = (self.down_in[0], *(field[0] for field in self.weights.bottleneck))
+        return single_delta(tokens, *fields, up_core=None if self.up_core is None else self.up_core[0])
 
 
 class Mona(Method):
@@ -168,18 +168,18 @@ class Mona(Method):
 
     swin_only = True
 
-    def __init__(self, taps: SwinTaps, width: int = 64, kernel_sizes: tuple[int, ...] = (3, 5, 7)) -> None:
-        super().__init__(taps)
+    def __init__(self, family: Family, width: int = 64, kernel_sizes: tuple[int, ...] = (3, 5, 7)) -> None:
+        super().__init__(family)
         check_count('method.width', width)
         check_kernel_sizes('method.kernel_sizes', kernel_sizes)
         self.inserted = nn.ModuleList()
-        for sites in taps.blocks():
-            pair = [_MonaAdapter(sites.embed_dims, width, kernel_sizes) for _ in range(2)]
+        for block, dims, attention, _ in _branches(family):
+            pair = [_MonaAdapter(dims, width, kernel_sizes) for _ in range(2)]
             self.inserted.extend(pair)
             hook = _AfterAttentionResidual(pair[0])
-            sites.norm1.register_forward_pre_hook(hook.remember)
-            sites.attention.register_forward_hook(hook)
-            sites.block.register_forward_hook(_AfterBlock(pair[1]))
+            family.module(block.norm1).register_forward_pre_hook(hook.remember)
+            attention.register_forward_hook(hook)
+            family.module(block.name).register_forward_hook(partial(_after_block, pair[1]))
 
 
 class _AfterAttentionResidual:
@@ -194,14 +194,6 @@ class _AfterAttentionResidual:
     def __call__(self, attention: nn.Module, args: tuple, output: Tensor) -> Tensor:
         tokens, self.tokens = self.tokens, None
         return output + self.inserted(tokens + output, args[1])
-
-
-class _AfterBlock:
-    def __init__(self, inserted: nn.Module) -> None:
-        self.inserted = inserted
-
-    def __call__(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output + self.inserted(output, args[1])
 
 
 class _MonaAdapter(nn.Module):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..taps import SwinTaps
+from ..families.base import Family
 from .base import Method
 
 
@@ -26,18 +26,17 @@ class PEFT(Method):
         ValueError: peft refuses the options.
     """
 
-    def __init__(self, taps: SwinTaps, peft_type: str, **options) -> None:
-        super().__init__(taps)
+    def __init__(self, family: Family, peft_type: str, **options) -> None:
+        super().__init__(family)
         self.given = dict(peft_type=peft_type, **options)
-        stages = getattr(taps, 'stages', None)
-        self._bypassed = set(stages.bypassed if stages else ())
+        self._uncalled = set(family.uncalled)
         with self._refusals():
             self.config = _import_peft().get_peft_config(dict(self.given))
 
     def inject(self, backbone: nn.Module) -> None:
         with self._refusals():
             _import_peft().inject_adapter_in_model(copy.deepcopy(self.config), backbone)
-        targets = {name.rpartition('.')[2] for name, _ in _tuned_layers(backbone)} & self._bypassed
+        targets = {name.rpartition('.')[2] for name, _ in _tuned_layers(backbone)} & self._uncalled
         if targets:
             raise ValueError(
                 f'method.target_modules has {sorted(targets)}, but this backbone uses the weights of these layers '
@@ -70,11 +69,11 @@ class LoRA(PEFT):
     """
 
     def __init__(
-        self, taps: SwinTaps, r: int = 42, lora_alpha: float | None = None, target_modules=('qkv', 'proj'), **options
+        self, family: Family, r: int = 42, lora_alpha: float | None = None, target_modules=('qkv', 'proj'), **options
     ) -> None:
         targets = target_modules if isinstance(target_modules, str) else list(target_modules)
         super().__init__(
-            taps, 'LORA', r=r, lora_alpha=r if lora_alpha is None else lora_alpha, target_modules=targets, **options
+            family, 'LORA', r=r, lora_alpha=r if lora_alpha is None else lora_alpha, target_modules=targets, **options
         )
 
 

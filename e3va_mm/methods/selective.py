@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import check_count
-from ..taps import SwinTaps
+from ..families.base import Family
 from .base import Method
 
 
@@ -25,16 +25,16 @@ class Frozen(Method):
     """Nothing in the backbone is trained and no gradient enters it."""
 
     @torch.no_grad()
-    def run(self, taps: SwinTaps, images: Tensor) -> tuple[Tensor, ...]:
-        return taps.backbone(images)
+    def run(self, family: Family, images: Tensor) -> tuple[Tensor, ...]:
+        return family.backbone(images)
 
 
 class BitFit(Method):
     """Trains the biases, position bias tables included (Ben Zaken et al., arXiv 2106.10199); 201,656 for Swin-B."""
 
-    def __init__(self, taps: SwinTaps) -> None:
-        super().__init__(taps)
-        for module in taps.backbone.modules():
+    def __init__(self, family: Family) -> None:
+        super().__init__(family)
+        for module in family.backbone.modules():
             # Those of timm have the names of torch's and of torchvision's.
             free = _WITH_FREE_BIAS.get(type(module).__name__)
             if free and isinstance(module, nn.LayerNorm) and module.bias is not None:
@@ -81,11 +81,10 @@ class Partial(Method):
         num_blocks: blocks at the end of the backbone that are trained.
     """
 
-    def __init__(self, taps: SwinTaps, num_blocks: int = 1) -> None:
-        super().__init__(taps)
+    def __init__(self, family: Family, num_blocks: int = 1) -> None:
+        super().__init__(family)
         check_count('method.num_blocks', num_blocks)
-        names = {module: name for name, module in taps.backbone.named_modules()}
-        blocks = [names[sites.block] for sites in taps.blocks()]
+        blocks = [block.name for block in family.blocks()]
         if num_blocks > len(blocks):
             raise ValueError(f'method.num_blocks={num_blocks}, but the backbone has {len(blocks)} blocks')
         self._trained_blocks = tuple(f'{name}.' for name in blocks[-num_blocks:])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_kernel_sizes
-from ..taps import BlockSites, Size, SwinTaps
+from ..families.base import Family, Size, Stage
 from .base import Method
 
 # The gates' temperature in the paper's code: they move ten times faster than a plain sigmoid.
@@ -30,31 +33,54 @@ class LST(Method):
 
     swin_only = True
 
-    def __init__(self, taps: SwinTaps, reduction: int = 8) -> None:
-        super().__init__(taps)
+    def __init__(self, family: Family, reduction: int = 8) -> None:
+        super().__init__(family)
         check_count('method.reduction', reduction)
         self.stages = nn.ModuleList()
-        for index, dims in enumerate(taps.embed_dims):
-            side_dims = dims // reduction
-            blocks = taps.narrower_blocks(index, side_dims)
-            merge = taps.narrower_downsample(index - 1, side_dims // 2, side_dims) if index else None
-            self.stages.append(_SideStage(dims, side_dims, blocks, merge, index in taps.out_indices))
-
-    def run(self, taps: SwinTaps, images: Tensor) -> tuple[Tensor, ...]:
-        norms, outputs, side = dict(zip(taps.out_indices, taps.norm_names)), [], None
-        with torch.no_grad():
-            tokens, size = taps.embed(images)
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(family.stages):
+            dims, stock = stage.embed_dims // reduction, family.backbone.stages[index]
+            blocks, merge = [_narrower(block, dims, index) for block in stock.blocks], None
             if index:
-                side, _ = stage.merge(side, size)
-                with torch.no_grad():
-                    tokens, size = taps.downsample(index - 1, tokens, size)
-            ends = taps.block_outputs(index, tokens, size)
-            tokens, side = ends[-1], stage(side, ends, size)
-            if index in norms:
-                normed = taps.backbone.get_submodule(norms[index])(tokens + stage.up(side))
+                merging = type(family.backbone.stages[index - 1].downsample)
+                merge = merging(in_channels=dims // 2, out_channels=dims)
+            self.stages.append(_SideStage(stage.embed_dims, dims, blocks, merge, stage.norm is not None))
+
+    def run(self, family: Family, images: Tensor) -> tuple[Tensor, ...]:
+        ends, sizes = _run_frozen(family, images)
+        outputs, side = [], None
+        for index, (stage, tokens, size) in enumerate(zip(self.stages, ends, sizes)):
+            if index:
+                side, _ = stage.merge(side, sizes[index - 1])
+            side = stage(side, tokens, size)
+            if family.stages[index].norm is not None:
+                normed = family.module(family.stages[index].norm)(tokens[-1] + stage.up(side))
                 outputs.append(normed.unflatten(1, size).permute(0, 3, 1, 2).contiguous())
         return tuple(outputs)
+
+
+def _run_frozen(family: Family, images: Tensor) -> tuple[list[list[Tensor]], list[Size]]:
+    """The tokens behind each block of each stage, and their size there."""
+    ends: list[list[Tensor]] = [[] for _ in family.stages]
+    sizes: list[Size] = [(0, 0) for _ in family.stages]
+
+    def hear(stage: int, block: nn.Module, args: tuple, output: Tensor) -> None:
+        ends[stage].append(output)
+        sizes[stage] = tuple(args[1])
+
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        for index, stage in enumerate(family.stages):
+            for block in stage.blocks:
+                hooks.callback(family.module(block.name).register_forward_hook(partial(hear, index)).remove)
+        family.backbone(images)
+    return ends, sizes
+
+
+def _narrower(block: nn.Module, dims: int, index: int) -> nn.Module:
+    """A new block like one of a Swin's stage, of width ``dims``."""
+    attn, heads = block.attn, block.attn.w_msa.num_heads
+    if dims < 1 or dims % heads:
+        raise ValueError(f'blocks of width {dims} can not have the {heads} heads of stage {index}')
+    return type(block)(dims, heads, 4 * dims, window_size=attn.window_size, shift=attn.shift_size > 0)
 
 
 class _SideStage(nn.Module):
@@ -102,76 +128,59 @@ class DTL(Method):
 
     def __init__(
         self,
-        taps: SwinTaps,
+        family: Family,
         rank: int = 4,
         beta: float = 100.0,
         kernel_size: int = 0,
         first_stage: int = 2,
         num_fed_blocks: int = 10,
     ) -> None:
-        super().__init__(taps)
+        super().__init__(family)
         check_count('method.rank', rank)
         check_count('method.num_fed_blocks', num_fed_blocks)
         if kernel_size:
             check_kernel_sizes('method.kernel_size', [kernel_size])
-        stages: dict[int, list[BlockSites]] = {}
-        for sites in taps.blocks():
-            stages.setdefault(sites.stage, []).append(sites)
-        if first_stage not in stages:
-            raise ValueError(f'method.first_stage must be one of {list(stages)}, got {first_stage!r}')
-        fed = [sites.block for sites in taps.blocks()][-num_fed_blocks:]
+        if isinstance(first_stage, bool) or first_stage not in range(len(family.stages)):
+            raise ValueError(f'method.first_stage must be one of {[*range(len(family.stages))]}, got {first_stage!r}')
+        fed = {block.name for block in family.blocks()[-num_fed_blocks:]}
         self.stages = nn.ModuleList()
-        for index, blocks in stages.items():
-            if index < first_stage:
-                continue
-            if blocks[-1].block not in fed:
+        for index, stage in enumerate(family.stages[first_stage:], first_stage):
+            if stage.blocks[-1].name not in fed:
                 raise ValueError(f'method.num_fed_blocks={num_fed_blocks} leaves stage {index} without a fed block')
-            self.stages.append(_SideState(blocks, rank, beta, kernel_size, fed))
+            self.stages.append(_SideState(family, stage, rank, beta, kernel_size, fed))
 
 
 class _SideState(nn.Module):
     """The side state of one stage, and the hooks that move it along the stage's blocks."""
 
-    def __init__(self, blocks: list[BlockSites], rank: int, beta: float, kernel_size: int, fed: list) -> None:
+    def __init__(self, family: Family, stage: Stage, rank: int, beta: float, kernel_size: int, fed: set[str]) -> None:
         super().__init__()
-        dims = blocks[0].embed_dims
+        dims = stage.embed_dims
         self.beta, self.state = beta, None
         self.maps = nn.ModuleList(
-            nn.Sequential(nn.Linear(dims, rank, bias=False), nn.Linear(rank, dims, bias=False)) for _ in blocks
+            nn.Sequential(nn.Linear(dims, rank, bias=False), nn.Linear(rank, dims, bias=False)) for _ in stage.blocks
         )
         for low_rank in self.maps:
             nn.init.zeros_(low_rank[1].weight)
         self.conv = None
         if kernel_size:
             self.conv = nn.Conv2d(dims, dims, kernel_size, padding='same', groups=dims, bias=False)
-        for number, sites in enumerate(blocks):
-            sites.block.register_forward_pre_hook(_Gather(self, number))
-            if sites.block in fed:
-                sites.block.register_forward_hook(_Feed(self, sites is blocks[-1]))
+        for number, block in enumerate(stage.blocks):
+            module = family.module(block.name)
+            module.register_forward_pre_hook(partial(self.gather, number))
+            if block.name in fed:
+                module.register_forward_hook(partial(self.feed, block is stage.blocks[-1]))
 
+    def gather(self, number: int, block: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of the block ``number``."""
+        gathered = self.maps[number](args[0])
+        self.state = gathered if number == 0 else self.state + gathered
 
-class _Gather:
-    """Forward pre-hook of a block."""
-
-    def __init__(self, side: _SideState, number: int) -> None:
-        self.side, self.number = side, number
-
-    def __call__(self, block: nn.Module, args: tuple) -> None:
-        gathered = self.side.maps[self.number](args[0])
-        self.side.state = gathered if self.number == 0 else self.side.state + gathered
-
-
-class _Feed:
-    """Forward hook of a block."""
-
-    def __init__(self, side: _SideState, is_last: bool) -> None:
-        self.side, self.is_last = side, is_last
-
-    def __call__(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        state = self.side.state
-        fed = state * torch.sigmoid(self.side.beta * state)
-        if self.side.conv is not None:
-            fed = self.side.conv(fed.transpose(1, 2).unflatten(2, tuple(args[1]))).flatten(2).transpose(1, 2)
-        if self.is_last:
-            self.side.state = None
+    def feed(self, is_last: bool, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of a block that is fed."""
+        fed = self.state * torch.sigmoid(self.beta * self.state)
+        if self.conv is not None:
+            fed = self.conv(fed.transpose(1, 2).unflatten(2, tuple(args[1]))).flatten(2).transpose(1, 2)
+        if is_last:
+            self.state = None
         return output + fed

@@ -9,11 +9,8 @@ from mmengine.config import ConfigDict
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from ..freezing import named_tensors
-
-
-class CheckpointMismatchError(RuntimeError):
-    """A checkpoint does not fit the model: keys, shapes or the frozen base differ."""
+from .errors import CheckpointMismatchError
+from .fingerprint import named_tensors
 
 
 def names_weights(backbone: nn.Module) -> bool:

@@ -15,9 +15,10 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .errors import DamagedCheckpointError
+from .fingerprint import FINGERPRINT
 
-class DamagedCheckpointError(RuntimeError):
-    """A checkpoint file is truncated, not a checkpoint, or would run code when loaded."""
+_EMBEDDED = Path(__file__).parents[1] / 'weights'
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -104,8 +105,8 @@ def publish(checkpoint: str | Path, target: str | Path) -> None:
     """
     content = read_checkpoint(checkpoint)
     state = content.get('state_dict', {})
-    if not any(key.endswith('base_fingerprint') for key in state):
-        raise ValueError(f'{checkpoint} is no adapter checkpoint: it has no base_fingerprint')
+    if not any(key.endswith(FINGERPRINT) for key in state):
+        raise ValueError(f'{checkpoint} is no adapter checkpoint: it has no {FINGERPRINT}')
     meta = content.get('meta', {})
     metadata = {
         'format': 'pt',
@@ -136,8 +137,14 @@ def _read_safetensors(path: Path) -> dict:
     return {'state_dict': state, 'meta': {key: value for key, value in known.items() if value}}
 
 
-@CheckpointLoader.register_scheme(prefixes='', force=True)
-def load_from_file(filename: str, map_location=None) -> dict:
-    """mmengine's loader of local files, taught safetensors: for ``load_from``, ``init_cfg`` and ``init_model``."""
-    path = Path(filename).expanduser()
-    return read_checkpoint(path) if path.suffix == '.safetensors' else load_from_local(filename, map_location)
+# The prefixes are regular expressions, so that other files stay with mmengine's own loader.
+@CheckpointLoader.register_scheme(prefixes=r'[^:]*\.safetensors$', force=True)
+def load_safetensors(filename: str, map_location=None) -> dict:
+    """Files from :func:`publish`, for ``load_from``, ``init_cfg`` and ``init_model``."""
+    return read_checkpoint(Path(filename).expanduser())
+
+
+@CheckpointLoader.register_scheme(prefixes='e3va://', force=True)
+def load_embedded(filename: str, map_location=None) -> dict:
+    """``e3va://NAME``: weights that ship inside the package, whatever the working directory."""
+    return load_from_local(str(_EMBEDDED / filename.removeprefix('e3va://')), map_location)

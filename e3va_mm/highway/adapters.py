@@ -52,60 +52,37 @@ class AdapterWeights(NamedTuple):
 
     down_in: Tensor  # P,  (N, C, W)
     bottleneck: BottleneckWeights
-    mixing: Tensor | None = None  # (N, W, k, k), depthwise kernels in the rank space; an extension, not in the paper
 
 
-def reference_delta(taps: list[Tensor], weights: AdapterWeights) -> Tensor:
-    """Sum of the adapters' deltas in plain autograd: the definition that :func:`stage_delta` is tested against.
+def single_delta(tap, down_in, core, down_out, down_bias, up_in, up_out, up_bias, up_core=None) -> Tensor:
+    """The delta of one adapter in plain autograd, (..., C) to the same: the definition of :func:`stage_delta`.
 
-    Args:
-        taps: ``N`` tensors of tokens, (..., C).
-        weights: the ``N`` adapters, without mixing.
-
-    Returns:
-        (..., C), with gradient to the taps and to the weights.
+    ``up_core`` is the second projection's core where it has one of its own.
     """
-    return sum(_single_delta(tap, *fields) for tap, *fields in zip(taps, weights.down_in, *weights.bottleneck))
+    hidden = F.gelu(tap @ down_in @ torch.block_diag(*core) @ down_out + down_bias)
+    return hidden @ up_in @ torch.block_diag(*(core if up_core is None else up_core)) @ up_out + up_bias
 
 
-def _single_delta(tap, down_in, core, down_out, down_bias, up_in, up_out, up_bias):
-    block_diagonal = torch.block_diag(*core)
-    hidden = F.gelu(tap @ down_in @ block_diagonal @ down_out + down_bias)
-    return hidden @ up_in @ block_diagonal @ up_out + up_bias
-
-
-def stage_delta(record: TapRecord, weights: AdapterWeights, size: tuple[int, int] | None = None) -> Tensor:
+def stage_delta(record: TapRecord, weights: AdapterWeights) -> Tensor:
     """Sum of the deltas of all adapters of a stage.
 
     Args:
         record: the ``N`` taps of the stage, frozen activations (..., C); its ``down_in`` is that of ``weights``.
         weights: the ``N`` adapters. The products run in the taps' dtype; the weights keep theirs.
-        size: height and width of the tokens; mixing needs it.
 
     Returns:
         (..., C) in the taps' dtype, with gradient to the weights alone.
 
     Raises:
         ValueError: the record does not hold ``N`` taps.
+        RuntimeError: a gradient is asked for, and the record was made where none was.
     """
     if record.num_taps != len(weights.down_in):
         raise ValueError(f'this stage has {len(weights.down_in)} adapters but was given {record.num_taps} taps')
-    kept = (record.kept, record.scales, record.sample, record.rerun)
-    reduced = TapReduction.apply(record.reduced, *kept, weights.down_in)
-    if weights.mixing is not None:
-        reduced = reduced + _mix(reduced, weights.mixing, size)
+    if record.kept is None and torch.is_grad_enabled() and weights.down_in.requires_grad:
+        raise RuntimeError('the taps were recorded under no_grad, so the gradient of the adapters is not to be had')
+    reduced = TapReduction.apply(record.reduced, record.kept, record.scales, record.sample, weights.down_in)
     return RankExpansion.apply(reduced, *weights.bottleneck).view(record.shape)
-
-
-def _mix(reduced: Tensor, kernels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Depthwise convolution of rank-space images (N, B * H * W, W); each adapter and channel its own kernel."""
-    num_adapters, _, width = reduced.shape
-    channels, (height, columns) = num_adapters * width, size
-    images = reduced.view(num_adapters, -1, height, columns, width).permute(1, 0, 4, 2, 3)
-    with torch.autocast(reduced.device.type, enabled=False):
-        kernels = kernels.to(reduced.dtype).flatten(0, 1).unsqueeze(1)
-        mixed = F.conv2d(images.flatten(1, 2), kernels, padding='same', groups=channels)
-    return mixed.unflatten(1, (num_adapters, width)).permute(1, 0, 3, 4, 2).reshape(reduced.shape)
 
 
 def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
@@ -118,11 +95,10 @@ def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Ten
 
 
 class TapReduction(torch.autograd.Function):
-    """The rank-space images ``z P`` of a :class:`~e3va_mm.tap_record.TapRecord`, with gradient to ``P``."""
+    """The rank-space images ``z P`` of a :class:`~e3va_mm.highway.tap_record.TapRecord`, with gradient to ``P``."""
 
     @staticmethod
-    def forward(ctx, reduced, kept, scales, sample, rerun, down_in):
-        ctx.rerun = rerun
+    def forward(ctx, reduced, kept, scales, sample, down_in):
         ctx.save_for_backward(kept, scales, sample, down_in)
         return reduced.view_as(reduced)
 
@@ -130,16 +106,15 @@ class TapReduction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         kept, scales, sample, down_in = ctx.saved_tensors
-        grad_down_in = torch.empty_like(down_in) if ctx.needs_input_grad[5] else None
-        with torch.autocast(grad.device.type, enabled=False):
-            if ctx.rerun is not None:
-                _rerun_backward(ctx.rerun, grad, grad_down_in)
-            elif kept is not None:
+        grad_down_in = None
+        if ctx.needs_input_grad[4]:
+            grad_down_in = torch.empty_like(down_in)
+            with torch.autocast(grad.device.type, enabled=False):
                 for group in _groups(kept):
                     scale = None if scales is None else scales[group].view(-1, 1, 1)
                     taps = decompress(kept[group], scale, grad.dtype)
                     grad_down_in[group].copy_(_token_sum(taps, _sampled(grad[group], sample)))
-        return None, None, None, None, None, grad_down_in
+        return None, None, None, None, grad_down_in
 
 
 def _sampled(grad_reduced: Tensor, sample: Tensor | None) -> Tensor:
@@ -147,18 +122,6 @@ def _sampled(grad_reduced: Tensor, sample: Tensor | None) -> Tensor:
     if sample is None:
         return grad_reduced
     return grad_reduced.index_select(1, sample) * (grad_reduced.shape[1] / len(sample))
-
-
-def _rerun_backward(rerun, grad_reduced: Tensor, grad_down_in: Tensor) -> None:
-    """Fills the gradient of ``P`` while the frozen stage produces its taps once more."""
-    pairs = zip(grad_reduced, grad_down_in)
-
-    def visit(tap: Tensor) -> None:
-        grad_tap, target = next(pairs)
-        with torch.autocast(tap.device.type, enabled=False):
-            target.copy_(tap.reshape(-1, tap.shape[-1]).t() @ grad_tap)
-
-    rerun(visit)
 
 
 class RankExpansion(torch.autograd.Function):

@@ -7,7 +7,6 @@ compressed and dropped before the next one exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +24,10 @@ class TapStorage:
         dtype: taps are rounded to it where it is narrower than theirs; ``None`` keeps them as they are.
         fraction: share of the tokens that is kept, but no fewer than 4096, drawn anew (with replacement) in every
             forward pass. The gradient is scaled up accordingly and stays unbiased.
-        recompute: keep no taps; the backward pass runs the frozen stage again.
     """
 
     dtype: torch.dtype | None = None
     fraction: float = 1.0
-    recompute: bool = False
 
 
 EXACT = TapStorage()
@@ -48,16 +45,14 @@ class TapRecord:
         kept: (N, K, C) in the storage dtype, or ``None`` where no gradient of ``P`` will be asked for.
         scales: (N,) fp32 for 8-bit floats, else ``None``.
         sample: (K,) indices of the kept tokens, or ``None`` for all of them.
-        rerun: set by the caller where ``storage.recompute``: feeds the same taps to a function, in order.
     """
 
     def __init__(self, down_in: Tensor, storage: TapStorage = EXACT) -> None:
         self.num_taps, self.shape = 0, None
         self.reduced = self.kept = self.scales = self.sample = None
-        self.rerun: Callable[[Callable[[Tensor], None]], None] | None = None
         self._down_in, self._storage = down_in, storage
         # Decided here, since taps arrive from a frozen forward without gradient.
-        self._keeps_taps = torch.is_grad_enabled() and down_in.requires_grad and not storage.recompute
+        self._keeps_taps = torch.is_grad_enabled() and down_in.requires_grad
 
     def add(self, tap: Tensor) -> None:
         """Records the next tap, (..., C).

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from e3va_mm.highway import Recomputed, StageHighway, principal_components
+from e3va_mm.highway.recomputed import Recomputed
+from e3va_mm.highway.stage_adapters import StageAdapters
 
 
 def run(highway, taps):
@@ -13,19 +14,19 @@ def run(highway, taps):
 
 @pytest.mark.parametrize('dims', [48, 96, 128])
 def test_parameters_of_an_adapter(dims):
-    highway = StageHighway(num_adapters=4, embed_dims=dims)
+    highway = StageAdapters(num_adapters=4, embed_dims=dims)
     assert sum(parameter.numel() for parameter in highway.parameters()) == 4 * (49.5 * dims + 128)
 
 
 def test_zero_initialisation_is_silent_and_kaiming_is_not():
     taps = [torch.randn(2, 3, 16) for _ in range(2)]
-    assert not run(StageHighway(2, 16), taps).any()
-    assert run(StageHighway(2, 16, init='kaiming'), taps).any()
+    assert not run(StageAdapters(2, 16), taps).any()
+    assert run(StageAdapters(2, 16, init='kaiming'), taps).any()
 
 
 def test_every_factor_moves_within_two_steps():
     torch.manual_seed(0)
-    highway = StageHighway(2, 16)
+    highway = StageAdapters(2, 16)
     start = {name: parameter.detach().clone() for name, parameter in highway.named_parameters()}
     optimizer = torch.optim.SGD(highway.parameters(), lr=0.1)
     taps = [torch.randn(2, 3, 16) for _ in range(2)]
@@ -44,46 +45,18 @@ def test_every_factor_moves_within_two_steps():
         (dict(rank=2.5), 'got 2.5'),
         (dict(branches=0), 'adapter.branches'),
         (dict(hidden_ratio=0), 'adapter.hidden_ratio'),
-        (dict(mixing=4), 'adapter.mixing must be 0 or an odd integer, got 4'),
-        (dict(basis='pac'), r"adapter.basis must be one of \('learned', 'pca'\), got 'pac'"),
-        (dict(basis='pca', rank=9), r"basis='pca' finds 16 components, not rank \* branches = 18"),
-        (dict(init='ones'), r"init must be one of \('zero', 'kaiming'\), got 'ones'"),
+        (dict(hidden_ratio=float('inf')), 'adapter.hidden_ratio must be a number above 0, got inf'),
+        (dict(init='ones'), r"init must be one of \['zero', 'kaiming'\], got 'ones'"),
     ],
 )
 def test_options_outside_their_range(options, message):
     with pytest.raises(ValueError, match=message):
-        StageHighway(2, 16, **options)
+        StageAdapters(2, 16, **options)
 
 
 def test_wrong_number_of_taps():
     with pytest.raises(ValueError, match='2 adapters but was given 1 taps'):
-        run(StageHighway(2, 16), [torch.zeros(1, 3, 16)])
-
-
-def test_principal_components_whiten_the_leading_directions():
-    torch.manual_seed(0)
-    tokens = torch.randn(5000, 6) @ torch.diag(torch.tensor([9.0, 5, 3, 0.1, 0.1, 0])) @ torch.randn(6, 6) + 4
-    reduced = tokens @ principal_components(tokens, 3)
-    torch.testing.assert_close(reduced.T.cov(), torch.eye(3), rtol=0, atol=0.02)
-    residual = tokens - tokens.mean(0)
-    fitted = torch.linalg.lstsq(reduced - reduced.mean(0), residual).solution
-    explained = 1 - (residual - (reduced - reduced.mean(0)) @ fitted).square().sum() / residual.square().sum()
-    assert explained > 0.99
-
-
-def test_a_pca_basis_is_fitted_once_and_kept_in_the_state_dict():
-    torch.manual_seed(0)
-    highway = StageHighway(2, 16, rank=2, basis='pca')
-    taps = [torch.randn(2, 30, 16) for _ in range(2)]
-    assert highway.needs_basis() and not highway.down_in.requires_grad
-    visit = highway.fit_basis()
-    for tap in taps:
-        visit(tap)
-    assert not highway.needs_basis()
-    clone = StageHighway(2, 16, rank=2, basis='pca')
-    clone.load_state_dict(highway.state_dict())
-    assert not clone.needs_basis()
-    assert torch.equal(clone.down_in, highway.down_in)
+        run(StageAdapters(2, 16), [torch.zeros(1, 3, 16)])
 
 
 @pytest.mark.parametrize(('limit', 'error'), [(None, 0), (torch.bfloat16, 0.02)])

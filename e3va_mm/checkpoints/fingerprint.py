@@ -1,4 +1,4 @@
-"""Freezing a module, and recognising it again without storing it."""
+"""Recognising a frozen module again without storing it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-
-def freeze(module: nn.Module, trained: set[str] = frozenset()) -> None:
-    """Leaves only the parameters named in ``trained`` with ``requires_grad``, and puts ``module`` in eval mode."""
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in trained)
-    module.eval()
+# Its key in a wrapper's state dict.
+FINGERPRINT = 'base_fingerprint'
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

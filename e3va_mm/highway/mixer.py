@@ -1,7 +1,7 @@
 """Spatial mixing of the highway's state: an extension of the paper, whose adapters see one token each.
 
 The kernels of several sizes are those of Mona (arXiv 2408.08345). Mona mixes inside the backbone, behind every residual
-addition, and pays with a graph through all blocks; here the mixing is on the highway, once a stage by default.
+addition, and pays with a graph through all blocks; here the mixing is on the highway, once a stage.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_count, check_kernel_sizes
 from .adapters import cast_together
-from .checks import check_count, check_kernel_sizes
 
 
 class MultiScaleDepthwise(nn.Module):
@@ -136,13 +136,3 @@ def mix(state: Tensor, size: tuple[int, int], weights: MixerWeights) -> Tensor:
         image = reduced.transpose(1, 2).unflatten(2, size)
         active = F.gelu(_depthwise(image, weights.kernel, weights.kernel_bias)).flatten(2).transpose(1, 2)
         return (state + F.linear(active, weights.up, weights.up_bias)).to(state.dtype)
-
-
-def build_mixers(embed_dims: int, depth: int = 1, **options) -> nn.ModuleList:
-    """``depth`` mixers for the state of one stage, one after the other; ``options`` are those of :class:`StateMixer`.
-
-    Raises:
-        ValueError: an option outside its range.
-    """
-    check_count('mixer.depth', depth)
-    return nn.ModuleList(StateMixer(embed_dims, **options) for _ in range(depth))

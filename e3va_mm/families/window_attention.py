@@ -1,4 +1,4 @@
-"""(Shifted-)window attention for inference, with the weights of a stock Swin module (arXiv 2103.14030).
+"""(Shifted-)window attention in eval mode, with the weights of a stock Swin module (arXiv 2103.14030).
 
 The stock module pads, rolls, partitions, builds its shift mask and materialises the attention matrix in every call.
 Here one gather replaces the first three and one more their inverse; position bias and shift mask are prepared once;
@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Size = tuple[int, int]
+from .base import Size
+
 # What the stock module adds to the scores of tokens that the shift has brought together.
 _SEPARATED = -100.0
 # Fused kernels put the windows in a grid dimension that ends here.
@@ -92,30 +93,53 @@ def _shift_masks(window: int, shift: int, device: torch.device) -> Tensor:
     return separated * _SEPARATED
 
 
-def fused_window_attention(tokens: Tensor, w_msa: nn.Module, layout: WindowLayout, bias: Tensor) -> Tensor:
-    """What the stock ``ShiftWindowMSA`` computes in eval mode.
+class FusedWindowAttention:
+    """What the stock ``ShiftWindowMSA`` computes in eval mode; takes the place of its ``forward``.
 
     Args:
-        tokens: normalised tokens (B, L, C).
-        w_msa: the stock ``WindowMSA``.
-        layout: of the batch and its size.
-        bias: :func:`window_bias` in the dtype of ``w_msa.qkv``'s output.
-
-    Returns:
-        (B, L, C) in the dtype of ``w_msa.proj``'s output.
+        attention: the stock module; its layers are called, its weights and key names stay its own.
     """
-    batch, length, dims = tokens.shape
-    # Cast first, so that under autocast the gather moves half the bytes.
-    windows = tokens.to(bias.dtype).reshape(-1, dims).index_select(0, layout.order)
-    if len(layout.padding):
-        windows.index_fill_(0, layout.padding, 0)
-    heads, per_window = w_msa.num_heads, bias.shape[-1]
-    qkv = w_msa.qkv(windows).view(-1, per_window, 3, heads, dims // heads).permute(2, 0, 3, 1, 4)
-    attended = [
-        F.scaled_dot_product_attention(
-            *qkv[:, start:stop], attn_mask=bias[kind : kind + 1].expand(stop - start, -1, -1, -1), scale=w_msa.scale
-        ).transpose(1, 2)
-        for start, stop, kind in layout.groups
-    ]
-    attended = attended[0] if len(attended) == 1 else torch.cat(attended)
-    return w_msa.proj(attended.reshape(-1, dims)).index_select(0, layout.inverse).view(batch, length, -1)
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+        self._prepared: tuple[tuple, Tensor] | None = None
+
+    def __call__(self, query: Tensor, hw_shape: Size) -> Tensor:
+        """Normalised tokens (B, H * W, C) -> the same shape, in the dtype of ``proj``'s output."""
+        # What is kept must serve training too, and tensors made in inference mode do not.
+        with torch.inference_mode(False):
+            layout, bias = self._layout(query, tuple(hw_shape)), self._bias(query)
+        return self._attend(query, layout, bias)
+
+    def _layout(self, query: Tensor, size: Size) -> WindowLayout:
+        attention = self.attention
+        return window_layout(len(query), size, attention.window_size, attention.shift_size, query.device)
+
+    def _bias(self, query: Tensor) -> Tensor:
+        """Prepared again only when the table has been written to or has moved."""
+        w_msa, device = self.attention.w_msa, query.device.type
+        table = w_msa.relative_position_bias_table
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+        state = (dtype, table.device, table.data_ptr(), table._version)
+        if self._prepared is None or self._prepared[0] != state:
+            with torch.no_grad():
+                self._prepared = state, window_bias(w_msa, self.attention.shift_size, dtype)
+        return self._prepared[1]
+
+    def _attend(self, query: Tensor, layout: WindowLayout, bias: Tensor) -> Tensor:
+        w_msa = self.attention.w_msa
+        batch, length, dims = query.shape
+        # Cast first, so that under autocast the gather moves half the bytes.
+        windows = query.to(bias.dtype).reshape(-1, dims).index_select(0, layout.order)
+        if len(layout.padding):
+            windows.index_fill_(0, layout.padding, 0)
+        heads, per_window = w_msa.num_heads, bias.shape[-1]
+        qkv = w_msa.qkv(windows).view(-1, per_window, 3, heads, dims // heads).permute(2, 0, 3, 1, 4)
+        attended = [
+            F.scaled_dot_product_attention(
+                *qkv[:, start:stop], attn_mask=bias[kind : kind + 1].expand(stop - start, -1, -1, -1), scale=w_msa.scale
+            ).transpose(1, 2)
+            for start, stop, kind in layout.groups
+        ]
+        attended = attended[0] if len(attended) == 1 else torch.cat(attended)
+        return w_msa.proj(attended.reshape(-1, dims)).index_select(0, layout.inverse).view(batch, length, -1)

@@ -1,0 +1,3 @@
+"""Everything that reads or writes weights."""
+
+from . import files  # noqa: F401  (registers what reads safetensors and the embedded weights)

@@ -1,0 +1,218 @@
+"""What a family of backbones says, and how a backbone is listened to while it runs.
+
+A family says three things and runs nothing: where to listen (the modules that put out taps, and those that end
+stages), how what is heard becomes tokens, and how the highway's state crosses to the next stage. The frozen pass is the
+backbone's own forward; forward hooks hear it, and exist only while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Size = tuple[int, int]
+
+
+class Block(NamedTuple):
+    """A residual block, by the names of its modules in the backbone."""
+
+    name: str
+    taps: tuple[str, ...]  # their outputs are what the block adds to the residual stream, in this order
+    norm1: str | None = None  # reads the block's input
+    attention: str | None = None  # its output is added to the block's input
+    mlp: str | None = None  # its output is added to the residual stream
+    pools: bool = False  # whether attention puts out fewer tokens than it reads
+
+
+class Stage(NamedTuple):
+    """A stage of the backbone."""
+
+    blocks: list[Block]
+    end: str  # name of the module whose output is the tokens at the end of the stage
+    embed_dims: int
+    norm: str | None  # name of the stage's output norm; None: the stage has no output
+    crossing: str | None = None  # name of the module, if there is one, whose output is what ``carry`` makes of the end
+
+
+class Family:
+    """A family of backbones; what a subclass does not say is as here.
+
+    Args:
+        backbone: the stock module, which keeps its code and its key names.
+        stages: up to the last one that has an output.
+
+    Attributes:
+        layout: of what blocks read and put out: 'NLC' tokens; 'NLC+size', the same with their height and width as a
+            further argument; 'NHWC'; 'NCHW'.
+        num_prefix: tokens that are no patches (class, registers), ahead of the others.
+        grid: name of the module whose output (B, H, W, C) tells the size of the patches' grid, where blocks do not.
+        waits: whether the state can cross to the next stage only when the size there is known.
+        has_more: whether the backbone goes on behind the last stage that has an output.
+        uncalled: linear layers whose weights are used without calling them: nothing put there would act.
+    """
+
+    layout = 'NLC+size'
+    num_prefix = 0
+    grid: str | None = None
+    waits = False
+    has_more = False
+    uncalled: tuple[str, ...] = ()
+
+    def __init__(self, backbone: nn.Module, stages: list[Stage]) -> None:
+        self.backbone, self.stages = backbone, stages
+
+    def module(self, name: str) -> nn.Module:
+        """Found anew in each call, because layers may have been wrapped or replaced."""
+        module = self.backbone
+        for part in name.split('.'):
+            # As get_submodule does, which takes ten times as long: there are fifty names a forward pass.
+            module = module._modules[part]
+        return module
+
+    @property
+    def norm_names(self) -> list[str]:
+        """The output norms, in the backbone."""
+        return [stage.norm for stage in self.stages if stage.norm is not None]
+
+    def blocks(self) -> list[Block]:
+        """All blocks, in the order of execution."""
+        return [block for stage in self.stages for block in stage.blocks]
+
+    def remember(self) -> None:
+        """Called when the base weights have been loaded, before anything is trained."""
+
+    def accelerate(self) -> None:
+        """Replaces the calls of stock modules by faster equivalents that use their weights, for eval mode."""
+
+    def enters_graph(self) -> bool:
+        """Whether :meth:`run_block` can run on the highway's state."""
+        return not self.num_prefix and not self.waits
+
+    def replacements(self) -> dict[str, nn.Module]:
+        """By the names of modules: what the frozen pass takes in their place."""
+        return {}
+
+    def published_norm(self, stage: Stage) -> nn.Module:
+        """The output norm as it was before training where the frozen pass has that, else as it is."""
+        return self.module(stage.norm)
+
+    def tap(self, stage: int, output: Tensor, grid: Size | None) -> tuple[Tensor, Size | None]:
+        """A tap's output -> patch tokens (B, L, C), and their height and width where they show."""
+        if output.ndim == 4:
+            return self._from_map(output)
+        return self._patches(output), None
+
+    def level(self, stage: int, args: tuple, output: Tensor, grid: Size | None) -> tuple[Tensor, Size]:
+        """What the end of a stage was called with and put out -> patch tokens (B, H * W, C) and (H, W)."""
+        if output.ndim == 4:
+            return self._from_map(output)
+        return self._patches(output), tuple(args[1] if self.layout == 'NLC+size' else grid)
+
+    def _patches(self, tokens: Tensor) -> Tensor:
+        return tokens[:, self.num_prefix :] if self.num_prefix else tokens
+
+    def _from_map(self, output: Tensor) -> tuple[Tensor, Size]:
+        if self.layout == 'NCHW':
+            return output.flatten(2).transpose(1, 2), tuple(output.shape[2:])
+        return output.flatten(1, 2), tuple(output.shape[1:3])
+
+    def start(self, output: Tensor | tuple) -> Tensor:
+        """The output of a stage's crossing -> frozen tokens (B, L, C) at the start of the next stage."""
+        if isinstance(output, tuple):
+            return output[0]
+        return self._from_map(output)[0] if output.ndim == 4 else output
+
+    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
+        """The highway's state (B, H * W, C) at the end of a stage -> at the start of the next, with its size there.
+
+        Here it stays as it is: for backbones of one resolution.
+        """
+        return tokens, size
+
+    def run_block(self, stage: int, number: int, tokens: Tensor, size: Size) -> Tensor:
+        """Tokens (B, H * W, C) behind a block of a stage, with gradient; see :meth:`enters_graph`."""
+        block = self.module(self.stages[stage].blocks[number].name)
+        if self.layout == 'NLC+size':
+            return block(tokens, size)
+        if self.layout == 'NLC':
+            return block(tokens)
+        image = tokens.unflatten(1, size)
+        return self._from_map(block(image if self.layout == 'NHWC' else image.permute(0, 3, 1, 2)))[0]
+
+
+class HeardEnoughError(Exception):
+    """Ends a frozen pass that has nothing more to say."""
+
+
+@contextlib.contextmanager
+def listen(family: Family, ear, num_stages: int, ends_early: bool = False) -> Iterator[None]:
+    """While this lasts, ``ear`` hears what the backbone comes by: the taps and the end of each of the first stages.
+
+    What the ear does meanwhile, itself using modules of the backbone, is not heard.
+
+    Args:
+        ear: its ``tap``, ``level`` and ``start`` are called, as those of a
+            :class:`~e3va_mm.highway.highway.HighwayPass`.
+        num_stages: how many stages it hears.
+        ends_early: end the backbone's forward there.
+    """
+    grid: Size | None = None
+    is_hearing = True
+
+    def hear_grid(args: tuple, output: Tensor) -> None:
+        nonlocal grid
+        grid = tuple(output.shape[1:3])
+
+    def hear_tap(stage: int, args: tuple, output: Tensor) -> None:
+        ear.tap(stage, *family.tap(stage, output, grid))
+
+    def hear_level(stage: int, args: tuple, output: Tensor) -> None:
+        ear.level(stage, *family.level(stage, args, output, grid))
+        if ends_early and stage + 1 == num_stages:
+            raise HeardEnoughError
+
+    def hear_start(stage: int, args: tuple, output: Tensor | tuple) -> None:
+        ear.start(stage, family.start(output))
+
+    def hook(hear: Callable, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        nonlocal is_hearing
+        if not is_hearing:
+            return None
+        is_hearing = False
+        try:
+            return hear((*args, *kwargs.values()) if kwargs else args, output)
+        finally:
+            is_hearing = True
+
+    def sites() -> Iterator[tuple[str, Callable]]:
+        if family.grid is not None:
+            yield family.grid, hear_grid
+        for name, module in family.replacements().items():
+            yield name, lambda args, output, module=module: module(*args)
+        for index, stage in enumerate(family.stages[:num_stages]):
+            yield from ((name, partial(hear_tap, index)) for block in stage.blocks for name in block.taps)
+            yield stage.end, partial(hear_level, index)
+            if stage.crossing is not None:
+                yield stage.crossing, partial(hear_start, index)
+
+    handles = []
+    try:
+        for name, hear in sites():
+            handles.append(family.module(name).register_forward_hook(partial(hook, hear), with_kwargs=True))
+        yield
+    except HeardEnoughError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pool_and_pad(tokens: Tensor, size: Size, next_size: Size, dims: int) -> Tensor:
+    """A stage transition without weights: averages to ``next_size``, drops channels or adds zeros up to ``dims``."""
+    pooled = F.adaptive_avg_pool2d(tokens.unflatten(1, size).permute(0, 3, 1, 2), next_size)
+    return F.pad(pooled.flatten(2).transpose(1, 2), (0, dims - tokens.shape[-1]))

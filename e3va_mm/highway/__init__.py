@@ -1,0 +1,1 @@
+"""The method, in torch alone: adapters, what is kept for their gradient, mixers, and the way from stage to stage."""

@@ -1,0 +1,432 @@
+"""Every family of backbones behind the highway: timm's, mmseg's MiT, and taps named in the config."""
+
+import copy
+from functools import partial
+
+import mmdet.models  # noqa: F401  (registers ResNet)
+import mmseg.models  # noqa: F401  (registers MiT)
+import pytest
+import timm
+import torch
+from conftest import MIT, TIMM_MODELS, Recorder, e3va, every_family, images, saved_bytes, stir, swin, timm_features
+from mmengine.registry import MODELS
+from torch.testing import assert_close
+
+from e3va_mm.families.base import listen
+from e3va_mm.families.registry import find_family, timm_modules
+from e3va_mm.families.swin import SwinFamily
+
+RESNET = dict(type='mmdet.ResNet', depth=18, norm_eval=True, zero_init_residual=False)
+RESNET_TAPS = [
+    dict(taps=[f'layer{stage}.{block}.bn2' for block in range(2)], end=f'layer{stage}', dims=64 * 2 ** (stage - 1))
+    for stage in range(1, 5)
+]
+SIZES = [(64, 96), (57, 83)]
+
+
+@every_family
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('options', [{}, dict(mixer=dict(width=4))], ids=['plain', 'mixer'])
+def test_starts_at_the_frozen_backbone(backbone, size, options):
+    model = e3va(backbone, **options).train()
+    with torch.no_grad():
+        expected = model.backbone(images(size))
+    for _ in range(2):  # the first pass, which is checked, and another
+        outputs = model(images(size))
+        assert_close(list(outputs), list(expected), rtol=1e-5, atol=1e-5)
+    assert [output.shape[1] for output in outputs] == [stage.embed_dims for stage in model.family.stages if stage.norm]
+
+
+@every_family
+@torch.no_grad()
+def test_taps_add_up_to_what_a_stage_does(backbone):
+    """The highway's formula rests on this: a stage ends at its start plus its taps."""
+    family, heard, starts, grid = e3va(backbone).family, Recorder(), {}, []
+
+    def hear_start(block, args, index):
+        starts[index] = args, args[0].clone()
+
+    for index, stage in enumerate(family.stages):
+        if stage.blocks:
+            block = family.module(stage.blocks[0].name)
+            block.register_forward_pre_hook(partial(hear_start, index=index))
+    if family.grid:
+        module = family.module(family.grid)
+        module.register_forward_hook(lambda module, args, output: grid.append(tuple(output.shape[1:3])))
+    with listen(family, heard, len(family.stages)):
+        family.backbone(images())
+    for index, stage in enumerate(family.stages):
+        level, size = heard.levels[index]
+        assert size[0] * size[1] == level.shape[1]
+        taps = heard.taps.get(index, [])
+        assert len(taps) == sum(len(block.taps) for block in stage.blocks)
+        if taps and stage.blocks[0].pools:  # Hiera's frozen stream enters a stage through its first block's branch
+            start, _ = family.carry(index - 1, *heard.levels[index - 1], size)
+        elif taps:
+            args, tokens = starts[index]
+            start, _ = family.level(index, args, tokens, *(grid or [None]))
+        if taps:
+            assert_close(level, sum(taps, start), rtol=1e-4, atol=1e-4)
+
+
+@every_family
+def test_only_highway_and_norms_train(backbone):
+    model = stir(e3va(backbone, mixer=dict(width=4))).train()
+    in_graph = []
+    for block in model.family.blocks():
+        model.family.module(block.name).register_forward_hook(
+            lambda module, args, output: in_graph.append(output.requires_grad)
+        )
+    outputs = model(images())
+    sum(output.square().mean() for output in outputs).backward()
+    assert in_graph and not any(in_graph)
+    norms = tuple(f'backbone.{name}.' for name in model.family.norm_names)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == name.startswith(('highway.', 'mixers.', *norms)), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@every_family
+def test_checkpoint_round_trip(backbone, tmp_path):
+    model = stir(e3va(backbone, mixer=dict(width=4))).eval()
+    torch.save(model.state_dict(), tmp_path / 'adapter.pth')
+    # The same seed gives the same random base.
+    loaded = e3va(backbone, mixer=dict(width=4)).eval()
+    loaded.load_state_dict(torch.load(tmp_path / 'adapter.pth', weights_only=True))
+    assert_close(list(loaded(images())), list(model(images())))
+    norms = tuple(f'backbone.{name}.' for name in model.family.norm_names)
+    assert all(key.startswith(norms) for key in model.state_dict() if key.startswith('backbone.'))
+
+
+def test_an_averaged_copy_runs_its_own_modules():
+    model = stir(e3va(timm_features()))
+    clone = copy.deepcopy(model)
+    assert clone.family.backbone is clone.backbone is not model.backbone
+    assert clone._highway[0].adapters is clone.highway and clone._highway[0].route is clone.family
+    before = model(images())
+    stir(clone)
+    assert_close(list(model(images())), list(before))
+    assert (clone(images())[0] - before[0]).abs().max() > 1e-3
+
+
+def test_blocks_of_another_kind():
+    with pytest.raises(ValueError, match='ParallelScalingBlock has not the two residual branches'):
+        e3va(dict(type='TIMMFeatures', model_name='vit_base_patch16_xp_224', embed_dim=32, depth=4, num_heads=2))
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(saved_dtype='bfloat16'),
+        dict(saved_dtype='float8_e4m3fn', saved_fraction=0.5),
+        dict(mixer=dict(width=8)),
+    ],
+    ids=str,
+)
+def test_options_on_a_vit(options):
+    """A rectangular image, so that mixing would fail on transposed or prefixed tokens."""
+    model = stir(e3va(timm_features('vit_large_patch14_reg4_dinov2'), **options)).train()
+    outputs = model(images((64, 96)))
+    sum(output.square().mean() for output in outputs).backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+    assert all(output.isfinite().all() and output.shape[2:] == (4, 6) for output in outputs)
+
+
+@every_family
+def test_reduced_frozen_precision(backbone):
+    """What a GPU runs by default. CNNs have no residual stream in fp32, and here random weights."""
+    model, exact = e3va(backbone, frozen_dtype='bfloat16'), e3va(backbone)
+    tolerance = 0.06 if 'net' in backbone.get('model_name', '') else 0.025
+    for one, other in zip(model(images()), exact(images())):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < tolerance * other.norm()
+
+
+def test_taps_behind_a_layer_scale_are_kept_in_reduced_precision():
+    """The scales are in fp32, and so is what they return."""
+    backbone = timm_features('vit_large_patch14_dinov2')
+    exact, reduced, float8 = (
+        saved_bytes(e3va(backbone, **options), images())
+        for options in ({}, dict(frozen_dtype='bfloat16'), dict(frozen_dtype='bfloat16', saved_dtype='float8_e4m3fn'))
+    )
+    assert float8 < 0.8 * reduced and reduced < 0.8 * exact
+
+
+def test_mit_goes_on_from_its_untrained_norm():
+    model = e3va(MIT)
+    with torch.no_grad():
+        model.backbone.layers[0][2].weight.mul_(3)
+        expected, outputs = e3va(MIT)(images()), model(images())
+    assert (outputs[0] - expected[0]).abs().max() > 0.1
+    assert_close(list(outputs[1:]), list(expected[1:]))
+
+
+def test_taps_from_the_config():
+    model = stir(e3va(RESNET, taps=RESNET_TAPS), 0.0).train()
+    with torch.no_grad():
+        expected = model.backbone(images())
+    outputs = model(images())
+    assert_close(list(outputs), list(expected))
+    sum(output.square().mean() for output in outputs).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == name.startswith(('highway.', 'backbone.e3va_norm')), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(dims=32), r'a module of taps\[0\].taps should put out \(B, 32, H, W\)'),
+        (dict(end='layer2'), r'should put out \(B, 64, H, W\)'),
+        (
+            dict(end='layer1.0', taps=['layer1.0.bn2']),
+            "stage 0 of this ResNet: .* at 'layer1.0', behind the norm, differ from its own",
+        ),
+        (dict(taps=['layer1.0.bn2', 'layer2.0.bn2']), r'taps\[0\].taps should put out \(B, 64, H, W\)'),
+        (dict(taps=['conv1', 'layer1.0.bn2']), '2 taps of shape .* fit, got'),
+    ],
+    ids=[
+        'channels',
+        'another stage',
+        'the middle of a stage',
+        'a tap of another stage',
+        'a tap of another size',
+    ],
+)
+def test_taps_in_the_config_that_do_not_fit(change, message):
+    model = e3va(RESNET, taps=[{**RESNET_TAPS[0], **change}, *RESNET_TAPS[1:]])
+    with pytest.raises(ValueError, match=message):
+        model(images())
+
+
+def test_taps_in_the_config_that_are_too_few():
+    with pytest.raises(ValueError, match='it returns 4 maps, not 3'):
+        e3va(RESNET, taps=RESNET_TAPS[:3])(images())
+
+
+ANYWHERE = [dict(type=name) for name in ('Full', 'Frozen', 'BitFit', 'NormTuning', 'Partial')]
+TRANSFORMERS = [dict(type='Adapter'), dict(type='AdaptFormer'), dict(type='LoRand'), dict(type='LoRA', r=2)]
+
+
+def tuned(backbone, method):
+    torch.manual_seed(0)
+    return MODELS.build(dict(type='TunedBackbone', backbone=backbone, method=method))
+
+
+@every_family
+def test_comparison_methods(backbone):
+    torch.manual_seed(0)
+    expected = MODELS.build(backbone).eval()(images())
+    name = str(backbone)
+    pools = 'hiera' in name
+    methods = ANYWHERE + TRANSFORMERS * (pools or 'patch' in name or 'pvt_v2_b0' in name)
+    for method in methods:
+        if pools and method['type'] == 'AdaptFormer':
+            method = dict(method, attention=False)
+        model = tuned(backbone, method).train()
+        outputs = model(images())
+        if method['type'] != 'Full':  # its batch norms and dropout are those of training
+            assert_close(list(outputs), list(expected))
+        if method['type'] != 'Frozen':
+            sum(output.square().mean() for output in stir(model)(images())).backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, (method, name)
+        assert any(parameter.requires_grad for parameter in model.parameters()) == (method['type'] != 'Frozen')
+
+
+@every_family
+def test_no_norm_of_bitfit_has_its_stock_backward(backbone):
+    """CUDA's fails where the bias is trained and the weight is not."""
+    for name, module in tuned(backbone, dict(type='BitFit')).backbone.named_modules():
+        if isinstance(module, torch.nn.LayerNorm) and module.bias is not None:
+            assert type(module).__name__.endswith('WithFreeBias') and not module.weight.requires_grad, name
+
+
+def test_lora_where_it_would_do_nothing():
+    with pytest.raises(ValueError, match=r"target_modules has \['qkv'\], but this backbone uses"):
+        tuned(timm_features('swinv2_base_window12_192'), dict(type='LoRA'))
+    with pytest.raises(ValueError, match=r"target_modules has \['qkv'\]"):
+        tuned(timm_features('swinv2_base_window12_192'), dict(type='LoRA', target_modules=r'.*\.qkv'))
+    tuned(timm_features('swinv2_base_window12_192'), dict(type='LoRA', target_modules=['proj']))
+
+
+@pytest.mark.parametrize('method', ['Mona', 'LST', 'DTL'])
+def test_methods_that_need_a_swin(method):
+    with pytest.raises(ValueError, match=f'{method} is defined for SwinTransformer only, not for TIMMFeatures'):
+        tuned(timm_features(), dict(type=method))
+
+
+def test_methods_that_need_attention():
+    with pytest.raises(ValueError, match='needs blocks with attn and mlp, and InvertedResidual has not both'):
+        tuned(timm_features('mobilenetv2_050'), dict(type='Adapter'))
+    with pytest.raises(ValueError, match='attention=True does not fit HieraBlock, whose attention pools'):
+        tuned(timm_features('hiera_tiny_224'), dict(type='AdaptFormer'))
+
+
+def test_every_family_of_the_table_is_tested():
+    modules = {timm.models.model_entrypoint(name).__module__.rpartition('.')[2] for name in TIMM_MODELS}
+    assert set(timm_modules()) == modules
+    assert isinstance(find_family(MODELS.build(swin())), SwinFamily)
+
+
+def a_block_of_its_own(backbone):
+    stock = type(backbone.stages[1].blocks[0])
+
+    class Halved(stock):
+        def forward(self, x, hw_shape):
+            return x + 0.5 * (super().forward(x, hw_shape) - x)
+
+    backbone.stages[1].blocks[0].__class__ = Halved
+
+
+def attention_of_its_own(backbone):
+    attention = backbone.stages[0].blocks[1].attn
+
+    class Doubled(type(attention)):
+        def forward(self, query, hw_shape):
+            return 2 * super().forward(query, hw_shape)
+
+    attention.__class__ = Doubled
+
+
+def merging_of_its_own(backbone):
+    merging = backbone.stages[0].downsample
+
+    class Shifted(type(merging)):
+        def forward(self, x, input_size):
+            tokens, size = super().forward(x, input_size)
+            return tokens + 1, size
+
+    merging.__class__ = Shifted
+
+
+def a_forward_of_its_own(backbone):
+    class Offset(type(backbone)):
+        def forward(self, images):
+            return super().forward(images + 0.5)
+
+    backbone.__class__ = Offset
+
+
+@pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
+@pytest.mark.parametrize('change', [a_block_of_its_own, attention_of_its_own, merging_of_its_own, a_forward_of_its_own])
+@pytest.mark.parametrize('graph_stages', [0, 3])
+def test_subclasses_of_swin_run_as_they_are(scope, change, graph_stages):
+    """A forward that is overridden, of the backbone or of a module in it, counts."""
+    stock = MODELS.build(swin(scope))
+    change(stock)
+    model = e3va(stock, mixer=dict(width=4), graph_stages=graph_stages)
+    with torch.no_grad():
+        expected = model.backbone(images())
+    for _ in range(2):
+        assert_close(list(model(images())), list(expected), rtol=1e-5, atol=1e-5)
+
+
+class WithPlugin(torch.nn.Module):
+    """A module between the stages and the output norm."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.plugin = norm, torch.nn.Linear(24, 24)
+
+    def forward(self, tokens):
+        return self.norm(self.plugin(tokens))
+
+
+def plugin_behind_a_stage(backbone):
+    plugin = torch.nn.Linear(24, 24)
+    backbone.stages[1].register_forward_hook(lambda stage, args, output: (*output[:2], plugin(output[2]), output[3]))
+
+
+def plugin_in_the_maps(backbone):
+    class Scaled(type(backbone)):
+        def forward(self, images):
+            first, second, *others = super().forward(images)
+            return first, 2 * second, *others
+
+    backbone.__class__ = Scaled
+
+
+def one_map_less(backbone):
+    class Three(type(backbone)):
+        def forward(self, images):
+            return super().forward(images)[1:]
+
+    backbone.__class__ = Three
+
+
+@pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            plugin_behind_a_stage,
+            "stage 1 of this SwinTransformer: values at 'stages.1.blocks.1', behind the norm, differ",
+        ),
+        (plugin_in_the_maps, 'stage 1 of this Scaled: values'),
+        (one_map_less, 'stage 3 of this Three: it returns 3 maps, not 4'),
+    ],
+)
+def test_what_the_highway_would_miss_is_refused(scope, change, message):
+    stock = MODELS.build(swin(scope))
+    change(stock)
+    model = e3va(stock)
+    for _ in range(2):  # and not only once
+        with pytest.raises(ValueError, match=message):
+            model(images())
+
+
+def test_a_plugin_inside_of_the_output_norm():
+    """What the norm's place does is its own business: it is trained there, and the output starts as the backbone's."""
+    stock = MODELS.build(swin())
+    stock.norm1 = WithPlugin(stock.norm1)
+    model = e3va(stock)
+    with torch.no_grad():
+        expected = model.backbone(images())
+    assert_close(list(model(images())), list(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_without_the_taps_of_its_family():
+    stock = MODELS.build(swin())
+    stock.stages[2].blocks[1].ffn = torch.nn.Identity()
+    with pytest.raises(TypeError, match='stages.2.blocks.1 is a SwinBlock without attn and ffn.layers'):
+        e3va(stock)
+
+
+def test_subclasses_of_timm_features():
+    stock = type(MODELS.build(timm_features()))
+
+    class Brightened(stock):
+        def forward(self, images):
+            return super().forward(images + 0.5)
+
+    class Doubled(stock):
+        def forward(self, images):
+            return tuple(2 * output for output in super().forward(images))
+
+    options = {key: value for key, value in timm_features().items() if key != 'type'}
+    model = e3va(Brightened(**options))
+    with torch.no_grad():
+        expected = model.backbone(images())
+    assert_close(list(model(images())), list(expected), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match='stage 0 of this Doubled'):
+        e3va(Doubled(**options))(images())
+
+
+def test_replaced_modules_are_found_anew():
+    """What inferencers do to batch norms, for instance."""
+    model = e3va(RESNET, taps=RESNET_TAPS)
+    with torch.no_grad():
+        expected = model(images())
+        for block in model.backbone.layer1:
+            block.bn2 = copy.deepcopy(block.bn2)
+        assert_close(list(model(images())), list(expected))
+
+
+@torch.no_grad()
+def test_a_backbone_that_goes_on_behind_the_last_output():
+    model, calls = e3va(swin(out_indices=(0, 1))), []
+    expected = model(images())
+    model.backbone.stages[2].register_forward_hook(lambda *_: calls.append(2))
+    assert_close(list(model(images())), list(expected))
+    assert not calls
