@@ -1,9 +1,2 @@
 _base_ = './swin-large-patch4-window7-in22k-pre_upernet_8xb2-160k_ade20k-512x512.py'
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='E3VABackbone',
-        backbone={{_base_.model.backbone}},
-        adapter=dict(rank=8, branches=2, hidden_ratio=0.5),
-    )
-)
+model = dict(backbone=dict(_delete_=True, type='E3VABackbone', backbone={{_base_.model.backbone}}))

@@ -1,9 +1,2 @@
 _base_ = './cascade-mask-rcnn_eva02-l_4conv1fc-giou_ms-3x_coco.py'
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='E3VABackbone',
-        backbone={{_base_.model.backbone}},
-        adapter=dict(rank=8, branches=2, hidden_ratio=0.5),
-    )
-)
+model = dict(backbone=dict(_delete_=True, type='E3VABackbone', backbone={{_base_.model.backbone}}))

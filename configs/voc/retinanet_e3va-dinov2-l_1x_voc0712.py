@@ -1,9 +1,2 @@
 _base_ = './retinanet_dinov2-l_1x_voc0712.py'
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='E3VABackbone',
-        backbone={{_base_.model.backbone}},
-        adapter=dict(rank=8, branches=2, hidden_ratio=0.5),
-    )
-)
+model = dict(backbone=dict(_delete_=True, type='E3VABackbone', backbone={{_base_.model.backbone}}))

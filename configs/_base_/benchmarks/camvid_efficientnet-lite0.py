@@ -10,5 +10,5 @@ model = dict(
     decode_head=dict(in_channels=[24, 40, 112, 320]),
     auxiliary_head=dict(in_channels=112),
 )
-# Not chosen for this backbone; results/backbones.json has it.
+# Not chosen for this backbone; benchmarks/results/backbones.json has it.
 optim_wrapper = dict(optimizer=dict(lr=3e-3))

@@ -1,4 +1,0 @@
-_base_ = './swin-small-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
-model = dict(
-    backbone=dict(_delete_=True, type='TunedBackbone', backbone={{_base_.model.backbone}}, method=dict(type='Frozen'))
-)

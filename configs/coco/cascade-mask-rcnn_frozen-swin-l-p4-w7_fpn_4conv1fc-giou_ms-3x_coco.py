@@ -1,4 +1,0 @@
-_base_ = './cascade-mask-rcnn_swin-l-p4-w7_fpn_4conv1fc-giou_ms-3x_coco.py'
-model = dict(
-    backbone=dict(_delete_=True, type='TunedBackbone', backbone={{_base_.model.backbone}}, method=dict(type='Frozen'))
-)

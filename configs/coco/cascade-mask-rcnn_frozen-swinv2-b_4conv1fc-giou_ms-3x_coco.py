@@ -1,4 +1,0 @@
-_base_ = './cascade-mask-rcnn_swinv2-b_4conv1fc-giou_ms-3x_coco.py'
-model = dict(
-    backbone=dict(_delete_=True, type='TunedBackbone', backbone={{_base_.model.backbone}}, method=dict(type='Frozen'))
-)

@@ -1,4 +1,0 @@
-_base_ = './retinanet_dinov3-l_1x_voc0712.py'
-model = dict(
-    backbone=dict(_delete_=True, type='TunedBackbone', backbone={{_base_.model.backbone}}, method=dict(type='Frozen'))
-)
