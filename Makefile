@@ -1,7 +1,7 @@
 # Everything runs in .venv, which tools/setup.sh makes on first use.
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: help setup demo test lint format benchmark results clean
+.PHONY: help setup demo test docs lint format benchmark results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,6 +14,9 @@ demo: setup  ## train frozen and E3VA on generated data, then show a table and p
 
 test: setup  ## run the tests, and print the package's coverage
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --cov=e3va_mm --cov-report=term
+
+docs: setup  ## build the documentation in docs/_build/html; warnings, dead links among them, are errors
+	$(PYTHON_BIN) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 lint: setup  ## check style
 	$(PYTHON_BIN) -m ruff check .
@@ -31,5 +34,5 @@ benchmark: setup  ## memory and time of training steps: a table
 results: setup  ## on a GPU: run what is missing in benchmarks/results/, from data/; takes hours, and goes on where it stopped
 	benchmarks/reproduce.sh
 
-clean:  ## remove the environment and all results of runs
-	rm -rf .venv work_dirs
+clean:  ## remove the environment, all results of runs and the built documentation
+	rm -rf .venv work_dirs docs/_build docs/_api
