@@ -16,6 +16,7 @@ test: setup  ## run the tests, and print the package's coverage
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --cov=e3va_mm --cov-report=term
 
 docs: setup  ## build the documentation in docs/_build/html; warnings, dead links among them, are errors
+	rm -rf docs/_api  # pages of modules that are gone would stay
 	$(PYTHON_BIN) -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 lint: setup  ## check style
