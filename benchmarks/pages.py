@@ -48,8 +48,9 @@ def format_costs(amp: Path) -> str:
         (row['model'], row['method']): f'{memory(row["peak_memory_mib"])} / {milliseconds(row["step_seconds"])}'
         for row in rows
     }
-    lines = [[label(method), *(cells[model, method] for model in MODELS)] for method in COSTS]
-    return table(['peak memory / step', *MODELS.values()], lines) + _source(rows, 'amp')
+    models = [model for model in MODELS if any(row['model'] == model for row in rows)]
+    lines = [[label(method), *(cells[model, method] for model in models)] for method in COSTS]
+    return table(['peak memory / step', *map(MODELS.get, models)], lines) + _source(rows, 'amp')
 
 
 def format_all_costs(amp: Path) -> str:
@@ -79,6 +80,18 @@ def format_accuracy(small_sets: Path) -> str:
 def steps_of(path: Path) -> dict[tuple[str, str], dict]:
     """The steps in turn on real data, by data set and method."""
     return {(dataset_of(row['config']), row['method']): row for row in load_rows(path) if row['data'] == 'real'}
+
+
+def format_packages(accuracy: Path) -> str:
+    """What two checkouts reach at the same seed, on the small sets."""
+    runs, lines = read(accuracy)['runs'], []
+    packages = list(dict.fromkeys(run['package'] for run in runs.values()))[::-1]
+    of_packages = [group_runs({'runs': {k: run for k, run in runs.items() if run['package'] == p}}) for p in packages]
+    for data in SETS:
+        for name in ('e3va', PICKED):
+            values = (format_mean(data, runs_of(groups, data, name)) for groups in of_packages)
+            lines.append([SETS[data], label(name), *values])
+    return table(['', '', *packages], lines)
 
 
 def format_methods(small_sets: Path, steps: Path) -> str:

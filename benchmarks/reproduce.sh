@@ -46,12 +46,12 @@ on_tasks() {  # name of the result, options
 }
 
 amp() {  # memory and time of steps under --amp
-    on_tasks amp --precisions amp-fp16 --batch-sizes 8 --steps 10 --warmup 3 "${merged[@]}" \
-        --methods full full+checkpointed lora mona frozen e3va e3va+bf16 e3va+bf16+taps-float8{,+sampled}
+    on_tasks amp --precisions amp-fp16 --batch-sizes 8 --steps 10 --warmup 3 \
+        --methods full full+checkpointed lora mona frozen e3va+bf16 e3va+bf16+taps-float8{,+sampled}
 }
 
 fits() {  # the largest batch by the memory of a card
-    on_tasks fits --measure fits --precisions amp-fp16 "${merged[@]}" \
+    on_tasks fits --measure fits --precisions amp-fp16 --most-images 16 \
         --methods full lora frozen e3va+bf16 e3va+bf16+taps-float8+sampled
 }
 

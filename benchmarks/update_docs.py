@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import pages
 from benchmarks.accuracy import format_runs, group_runs, with_more_seeds
 from benchmarks.cost_tables import load_rows, report
+from benchmarks.formats import table
 from benchmarks.plots import draw_accuracy
 from benchmarks.training import ROOT
+from e3va_mm.families.registry import TABLE
 
 RESULTS, REPORT = ROOT / 'benchmarks/results', 'benchmarks/README.md'
 TRAININGS = ('small_sets', 'folds', 'guard', 'backbones', 'rates', 'shapes_methods_cpu')
@@ -35,6 +37,11 @@ def _costs(path: Path) -> str:
     return report(load_rows(path))
 
 
+def _families() -> str:
+    titles = ['family', 'models, for example', 'taps', 'from stage to stage, on the highway', 'maps (strides)']
+    return table(titles, [[row.title, f'`{row.example}`', row.taps, row.crossing, row.strides] for row in TABLE])
+
+
 # Page, name, what makes the table, and the result files it is made of.
 SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'costs', pages.format_costs, ('amp',)),
@@ -42,6 +49,9 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),
     ('docs/memory.md', 'fits', pages.format_fits, ('fits',)),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),
+    ('docs/backbones.md', 'families', _families, ()),
+    (REPORT, 'before_after_cost', _costs, ('before_after_cost',)),
+    (REPORT, 'before_after_accuracy', pages.format_packages, ('before_after_accuracy',)),
     (REPORT, 'target', pages.format_target, ('small_sets', 'more_seeds', 'steps')),
     (REPORT, 'more_seeds', _more_seeds, ('small_sets', 'more_seeds')),
     *((REPORT, name, _runs, (name,)) for name in TRAININGS),
