@@ -17,7 +17,7 @@ SEG = [*ENGINE, 'onedl-mmsegmentation>=1.4', 'ftfy']
 DET = [*ENGINE, 'onedl-mmdetection>=3.5']
 PEFT = ['peft>=0.15']
 TIMM = ['timm>=1.0.20', 'torchvision']
-TEST = ['pytest', 'pytest-xdist', 'ruff']
+TEST = ['pytest', 'pytest-cov', 'pytest-xdist', 'pyyaml', 'ruff']
 
 setup(
     name='e3va_mm',

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Size = tuple[int, int]
+from ..highway.highway import Size
 
 
 class Block(NamedTuple):

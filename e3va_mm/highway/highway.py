@@ -16,7 +16,7 @@ The frozen pass tells what it comes by, in its order: a :class:`HighwayPass` hea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from .mixer import MixerWeights, StateMixer, mix, mixer_weights
 from .recomputed import Recomputed
 from .stage_adapters import StageAdapters
 from .tap_record import TapRecord
-
-if TYPE_CHECKING:
-    from ..families.base import Family
 
 Size = tuple[int, int]
 
@@ -51,7 +48,8 @@ class Highway(nn.Module):
 
     Args:
         stages: of the backbone, up to the last one that has an output.
-        route: how the state crosses from stage to stage (``carry``) and through blocks (``run_block``).
+        route: how the state crosses from stage to stage (``carry``) and through blocks (``run_block``): a
+            :class:`~e3va_mm.families.base.Family`.
         adapter: options of :class:`~.stage_adapters.StageAdapters`.
         mixer: options of :class:`~.mixer.StateMixer`, or None for none.
         graph_stages: so many of the last stages run on the state, with mixers in place of adapters.
@@ -66,7 +64,7 @@ class Highway(nn.Module):
     def __init__(
         self,
         stages: list[HighwayStage],
-        route: Family,
+        route,
         adapter: dict,
         mixer: dict | None = None,
         graph_stages: int = 0,
