@@ -149,61 +149,70 @@ class HeardEnoughError(Exception):
     """Ends a frozen pass that has nothing more to say."""
 
 
-@contextlib.contextmanager
-def listen(family: Family, ear, num_stages: int, ends_early: bool = False) -> Iterator[None]:
-    """While this lasts, ``ear`` hears what the backbone comes by: the taps and the end of each of the first stages.
-
-    What the ear does meanwhile, itself using modules of the backbone, is not heard.
+class Listener:
+    """Tells an ear what a backbone comes by while it runs; what the ear does meanwhile is not heard.
 
     Args:
+        family: of the backbone.
         ear: its ``tap``, ``level`` and ``start`` are called, as those of a
             :class:`~e3va_mm.highway.highway.HighwayPass`.
         num_stages: how many stages it hears.
         ends_early: end the backbone's forward there.
     """
-    grid: Size | None = None
-    is_hearing = True
 
-    def hear_grid(args: tuple, output: Tensor) -> None:
-        nonlocal grid
-        grid = tuple(output.shape[1:3])
+    def __init__(self, family: Family, ear, num_stages: int, ends_early: bool = False) -> None:
+        self.family, self.ear, self.num_stages, self.ends_early = family, ear, num_stages, ends_early
+        self.grid: Size | None = None
+        self.is_hearing = True
 
-    def hear_tap(stage: int, args: tuple, output: Tensor) -> None:
-        ear.tap(stage, *family.tap(stage, output, grid))
+    def sites(self) -> Iterator[tuple[str, Callable]]:
+        """Names of modules, and what hears their arguments and outputs."""
+        if self.family.grid is not None:
+            yield self.family.grid, self._hear_grid
+        for name, module in self.family.replacements().items():
+            yield name, partial(self._replace, module)
+        for index, stage in enumerate(self.family.stages[: self.num_stages]):
+            yield from ((name, partial(self._hear_tap, index)) for block in stage.blocks for name in block.taps)
+            yield stage.end, partial(self._hear_level, index)
+            if stage.crossing is not None:
+                yield stage.crossing, partial(self._hear_start, index)
 
-    def hear_level(stage: int, args: tuple, output: Tensor) -> None:
-        ear.level(stage, *family.level(stage, args, output, grid))
-        if ends_early and stage + 1 == num_stages:
-            raise HeardEnoughError
-
-    def hear_start(stage: int, args: tuple, output: Tensor | tuple) -> None:
-        ear.start(stage, family.start(output))
-
-    def hook(hear: Callable, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-        nonlocal is_hearing
-        if not is_hearing:
+    def hook(self, hear: Callable, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        """Forward hook: lets ``hear`` hear, and replaces the output by what that returns."""
+        if not self.is_hearing:
             return None
-        is_hearing = False
+        self.is_hearing = False
         try:
             return hear((*args, *kwargs.values()) if kwargs else args, output)
         finally:
-            is_hearing = True
+            self.is_hearing = True
 
-    def sites() -> Iterator[tuple[str, Callable]]:
-        if family.grid is not None:
-            yield family.grid, hear_grid
-        for name, module in family.replacements().items():
-            yield name, lambda args, output, module=module: module(*args)
-        for index, stage in enumerate(family.stages[:num_stages]):
-            yield from ((name, partial(hear_tap, index)) for block in stage.blocks for name in block.taps)
-            yield stage.end, partial(hear_level, index)
-            if stage.crossing is not None:
-                yield stage.crossing, partial(hear_start, index)
+    def _hear_grid(self, args: tuple, output: Tensor) -> None:
+        self.grid = tuple(output.shape[1:3])
 
-    handles = []
+    def _replace(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return module(*args)
+
+    def _hear_tap(self, stage: int, args: tuple, output: Tensor) -> None:
+        self.ear.tap(stage, *self.family.tap(stage, output, self.grid))
+
+    def _hear_level(self, stage: int, args: tuple, output: Tensor) -> None:
+        self.ear.level(stage, *self.family.level(stage, args, output, self.grid))
+        if self.ends_early and stage + 1 == self.num_stages:
+            raise HeardEnoughError
+
+    def _hear_start(self, stage: int, args: tuple, output: Tensor | tuple) -> None:
+        self.ear.start(stage, self.family.start(output))
+
+
+@contextlib.contextmanager
+def listen(family: Family, ear, num_stages: int, ends_early: bool = False) -> Iterator[None]:
+    """While this lasts, ``ear`` hears what the backbone comes by; the arguments are those of :class:`Listener`."""
+    listener, handles = Listener(family, ear, num_stages, ends_early), []
     try:
-        for name, hear in sites():
-            handles.append(family.module(name).register_forward_hook(partial(hook, hear), with_kwargs=True))
+        for name, hear in listener.sites():
+            hook = partial(listener.hook, hear)
+            handles.append(family.module(name).register_forward_hook(hook, with_kwargs=True))
         yield
     except HeardEnoughError:
         pass
