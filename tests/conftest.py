@@ -201,10 +201,19 @@ def det_config(tmp_path_factory, shapes, weights) -> Path:
     return _write_config(path, 'retinanet_e3va-swin-nano_fpn_1xb8-800_shapes.py', _DET, shapes, weights)
 
 
-def tool(*command, ok=True, **environment) -> str:
-    """Runs a script of the repository; returns all that it printed."""
+# mmengine imports transformers, where that is installed, for an optimizer of its; it takes as long as all the rest.
+_RUN = """
+import runpy, sys
+sys.modules['transformers'] = None
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def tool(*command, ok=True, with_peft=False, **environment) -> str:
+    """Runs a script of the repository; returns all that it printed. peft needs transformers."""
     call = subprocess.run(
-        [sys.executable, *map(str, command)],
+        [sys.executable, *([] if with_peft or command[0] == '-c' else ['-c', _RUN]), *map(str, command)],
         cwd=ROOT,
         env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
         stdout=subprocess.PIPE,

@@ -21,12 +21,10 @@ RESNET_TAPS = [
     dict(taps=[f'layer{stage}.{block}.bn2' for block in range(2)], end=f'layer{stage}', dims=64 * 2 ** (stage - 1))
     for stage in range(1, 5)
 ]
-SIZES = [(64, 96), (57, 83)]
 
 
 @every_family
-@pytest.mark.parametrize('size', SIZES)
-@pytest.mark.parametrize('options', [{}, dict(mixer=dict(width=4))], ids=['plain', 'mixer'])
+@pytest.mark.parametrize(('size', 'options'), [((64, 96), {}), ((57, 83), dict(mixer=dict(width=4)))], ids=str)
 def test_starts_at_the_frozen_backbone(backbone, size, options):
     model = e3va(backbone, **options).train()
     with torch.no_grad():

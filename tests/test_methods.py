@@ -205,8 +205,9 @@ def test_training_and_testing_by_the_tools(seg_config, tmp_path, method):
         pytest.importorskip('peft')
     tuned_config(seg_config, tmp_path / 'tuned.py', method)
     work_dir = tmp_path / 'work'
-    logs = [tool('tools/train.py', tmp_path / 'tuned.py', '--work-dir', work_dir)]
-    logs.append(tool('tools/test.py', tmp_path / 'tuned.py', work_dir / 'iter_4.pth', '--work-dir', tmp_path / 'test'))
+    train = 'tools/train.py', tmp_path / 'tuned.py', '--work-dir', work_dir
+    test = 'tools/test.py', tmp_path / 'tuned.py', work_dir / 'iter_4.pth', '--work-dir', tmp_path / 'test'
+    logs = [tool(*command, with_peft=method['type'] == 'LoRA') for command in (train, test)]
     trained, tested = (re.findall(r'mIoU: ([\d.]+)', log)[-1] for log in logs)
     assert trained == tested
     state = torch.load(work_dir / 'iter_4.pth', weights_only=False)['state_dict']
@@ -224,7 +225,7 @@ def test_merging_by_the_tool(frozen_dtype, seg_config, tmp_path):
     stir(model.backbone)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'lora.pth')
     paths = tmp_path / 'lora.py', tmp_path / 'lora.pth', tmp_path / 'merged.pth'
-    tool('tools/merge.py', *paths, '--cfg-options', f'model.backbone.frozen_dtype={frozen_dtype}')
+    tool('tools/merge.py', *paths, '--cfg-options', f'model.backbone.frozen_dtype={frozen_dtype}', with_peft=True)
     config.model.backbone = config.model.backbone.backbone
     stock = MODELS.build(config.model)
     stock.load_state_dict(torch.load(tmp_path / 'merged.pth')['state_dict'])
