@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .base import Block, Family, Stage
 
 
-class TIMMFamily(Family):
+class TIMMFamily(Family, ABC):
     """A family of timm's, whose model is ``backbone.model``.
 
     Args:
@@ -37,9 +38,9 @@ class TIMMFamily(Family):
         self.indices = [self.feature_index(backbone.model, index) for index in sorted(out_indices)]
         self.new_norms = {name: self.new_norm(backbone.model, index) for index, name in norms.items()}
 
+    @abstractmethod
     def describe(self, model: nn.Module) -> list[Stage]:
         """All stages of a model, without output norms."""
-        raise NotImplementedError
 
     def outputs(self, model: nn.Module) -> list[int]:
         """The stages that have a map."""
