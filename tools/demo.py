@@ -103,7 +103,7 @@ def call_tool(folder: Path, tool: str, *arguments) -> None:
 
 def format_table(rows: list[dict]) -> str:
     titles = 'task', 'method', 'mIoU / mAP', 'trained in the backbone', 'peak memory (process)', 'step', 'checkpoint'
-    lines = [' | '.join(titles), '|'.join(['---'] * len(titles))]
+    lines = [' | '.join(titles), ' | '.join(['---'] * len(titles))]
     for row in rows:
         accuracy, size = f'{row["value"]:.1f} {row["metric"]}', f'{row["trained_in_backbone"]:,}'
         memory, step = f'{row["peak_memory_mib"]:.0f} MiB', f'{1000 * row["step_seconds"]:.0f} ms'
