@@ -12,6 +12,24 @@ def check_count(option: str, value) -> None:
         raise ValueError(f'{option} must be an integer of at least 1, got {value!r}')
 
 
+def check_number(option: str, value) -> None:
+    """Raises a ValueError unless ``value`` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f'{option} must be a finite number, got {value!r}')
+
+
+def check_switch(option: str, value) -> None:
+    """Raises a ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{option} must be True or False, got {value!r}')
+
+
+def check_names(option: str, value) -> None:
+    """Raises a ValueError unless ``value`` is a list of strings, with one at least."""
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(name, str) for name in value):
+        raise ValueError(f'{option} must be a list of names, got {value!r}')
+
+
 def check_positive(option: str, value, most: float = math.inf) -> None:
     """Raises a ValueError unless ``value`` is a finite number above 0 and at most ``most``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most or value == math.inf:
@@ -27,8 +45,8 @@ def check_choice(option: str, value, choices: Sequence) -> None:
 
 def check_kernel_sizes(option: str, sizes) -> None:
     """Raises a ValueError unless ``sizes`` is a list of odd integers above 0."""
-    are_odd = isinstance(sizes, Sequence) and all(isinstance(size, int) and size > 0 and size % 2 for size in sizes)
-    if not are_odd or not sizes:
+    are_listed = isinstance(sizes, (list, tuple)) and sizes and all(type(size) is int for size in sizes)
+    if not are_listed or not all(size > 0 and size % 2 for size in sizes):
         raise ValueError(f'{option} must be a list of odd integers, got {sizes!r}')
 
 

@@ -296,7 +296,7 @@ def test_full_is_in_train_mode_and_the_others_are_not():
         (dict(type='DTL', kernel_size=4), r'method.kernel_size must be .* odd integers, got \[4\]'),
         (dict(type='DTL', first_stage=4), r'first_stage must be one of \[0, 1, 2, 3\], got 4'),
         (dict(type='DTL', num_fed_blocks=2), 'leaves stage 2 without a fed block'),
-        (dict(type='LST', reduction=8), 'can not have the .* heads'),
+        (dict(type='LST', reduction=8), 'method.reduction=8 leaves stage 1'),
     ],
 )
 def test_bad_methods(method, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count, check_names, check_switch
 from .base import Block, Family, Size, Stage, pool_and_pad
 
 
@@ -40,6 +41,8 @@ class CustomFamily(Family):
     waits = True
 
     def __init__(self, backbone: nn.Module, taps: list[dict]) -> None:
+        if not isinstance(taps, (list, tuple)):
+            raise ValueError(f'taps must be a list with a dict a stage, got {taps!r}')
         modules = dict(backbone.named_modules())
         for number, stage in enumerate(taps):
             _check_stage(f'taps[{number}]', stage, modules)
@@ -79,6 +82,11 @@ class CustomFamily(Family):
 def _check_stage(where: str, stage: dict, modules: dict[str, nn.Module]) -> None:
     if not isinstance(stage, dict) or not {'taps', 'end', 'dims'} <= set(stage) <= {'taps', 'end', 'dims', 'output'}:
         raise ValueError(f'{where} must be a dict with the keys taps, end and dims, and may have output; got {stage!r}')
+    check_names(f'{where}.taps', stage['taps'])
+    if not isinstance(stage['end'], str):
+        raise ValueError(f'{where}.end must be the path of a module, got {stage["end"]!r}')
+    check_count(f'{where}.dims', stage['dims'])
+    check_switch(f'{where}.output', stage.get('output', True))
     unknown = [path for path in [*stage['taps'], stage['end']] if path not in modules]
     if unknown:
         raise ValueError(f'{where} names {unknown}, and the backbone has no such modules')

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_count, check_kernel_sizes
+from ..checks import check_count, check_kernel_sizes, check_number, check_switch
 from ..families.base import Block, Family, Size
 from ..highway.adapters import single_delta
 from ..highway.mixer import MultiScaleDepthwise
@@ -103,6 +103,8 @@ class AdaptFormer(Method):
     def __init__(self, family: Family, width: int = 64, scale: float = 0.1, attention: bool = True) -> None:
         super().__init__(family)
         check_count('method.width', width)
+        check_number('method.scale', scale)
+        check_switch('method.attention', attention)
         self.inserted = nn.ModuleList()
         for block, dims, *branches in _branches(family):
             if attention and block.pools:

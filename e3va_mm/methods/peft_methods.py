@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..checks import check_count, check_names, check_number
 from ..families.base import Family
 from .base import Method
 
@@ -29,6 +30,9 @@ class PEFT(Method):
     def __init__(self, family: Family, peft_type: str, **options) -> None:
         super().__init__(family)
         self.given = dict(peft_type=peft_type, **options)
+        targets = options.get('target_modules', '')
+        if not isinstance(targets, str):
+            check_names('method.target_modules', targets)
         self._uncalled = set(family.uncalled)
         with self._refusals():
             self.config = _import_peft().get_peft_config(dict(self.given))
@@ -71,9 +75,16 @@ class LoRA(PEFT):
     def __init__(
         self, family: Family, r: int = 42, lora_alpha: float | None = None, target_modules=('qkv', 'proj'), **options
     ) -> None:
-        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+        check_count('method.r', r)
+        if lora_alpha is not None:
+            check_number('method.lora_alpha', lora_alpha)
         super().__init__(
-            family, 'LORA', r=r, lora_alpha=r if lora_alpha is None else lora_alpha, target_modules=targets, **options
+            family,
+            'LORA',
+            r=r,
+            lora_alpha=r if lora_alpha is None else lora_alpha,
+            target_modules=target_modules,
+            **options,
         )
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_kernel_sizes
+from ..checks import check_count, check_kernel_sizes, check_number
 from ..families.base import Family, Size, Stage
 from .base import Method
 
@@ -39,7 +39,13 @@ class LST(Method):
         self.stages = nn.ModuleList()
         for index, stage in enumerate(family.stages):
             dims, stock = stage.embed_dims // reduction, family.backbone.stages[index]
-            blocks, merge = [_narrower(block, dims, index) for block in stock.blocks], None
+            heads = stock.blocks[0].attn.w_msa.num_heads
+            if dims < 1 or dims % heads:
+                raise ValueError(
+                    f'method.reduction={reduction} leaves stage {index} blocks of width {dims}, its {heads} heads '
+                    'do not divide it'
+                )
+            blocks, merge = [_narrower(block, dims) for block in stock.blocks], None
             if index:
                 merging = type(family.backbone.stages[index - 1].downsample)
                 merge = merging(in_channels=dims // 2, out_channels=dims)
@@ -75,12 +81,10 @@ def _run_frozen(family: Family, images: Tensor) -> tuple[list[list[Tensor]], lis
     return ends, sizes
 
 
-def _narrower(block: nn.Module, dims: int, index: int) -> nn.Module:
+def _narrower(block: nn.Module, dims: int) -> nn.Module:
     """A new block like one of a Swin's stage, of width ``dims``."""
-    attn, heads = block.attn, block.attn.w_msa.num_heads
-    if dims < 1 or dims % heads:
-        raise ValueError(f'blocks of width {dims} can not have the {heads} heads of stage {index}')
-    return type(block)(dims, heads, 4 * dims, window_size=attn.window_size, shift=attn.shift_size > 0)
+    attn = block.attn
+    return type(block)(dims, attn.w_msa.num_heads, 4 * dims, window_size=attn.window_size, shift=attn.shift_size > 0)
 
 
 class _SideStage(nn.Module):
@@ -138,7 +142,8 @@ class DTL(Method):
         super().__init__(family)
         check_count('method.rank', rank)
         check_count('method.num_fed_blocks', num_fed_blocks)
-        if kernel_size:
+        check_number('method.beta', beta)
+        if kernel_size != 0 or isinstance(kernel_size, bool):
             check_kernel_sizes('method.kernel_size', [kernel_size])
         if isinstance(first_stage, bool) or first_stage not in range(len(family.stages)):
             raise ValueError(f'method.first_stage must be one of {[*range(len(family.stages))]}, got {first_stage!r}')
