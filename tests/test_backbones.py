@@ -7,6 +7,7 @@ from conftest import e3va, graph_nodes, outputs_of_stock, saved_bytes, stir, swi
 from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
+from e3va_mm.checkpoints.fingerprint import named_tensors
 from e3va_mm.highway import tap_record
 
 SIZES = [(64, 64), (37, 91), (1, 5)]
@@ -200,16 +201,33 @@ def test_train_leaves_the_frozen_part_in_eval():
     assert all(torch.equal(first, second) for first, second in zip(model(images), model(images)))
 
 
-def test_deep_copy_shares_the_base_and_nothing_else():
-    model = e3va()
+@pytest.mark.parametrize('frozen_dtype', [None, 'bfloat16'])
+def test_writes_to_a_copy_leave_the_model_as_it_is(frozen_dtype):
+    """As averages of weights write, in place, into every parameter and buffer."""
+    model = e3va(frozen_dtype=frozen_dtype)
+    before = {name: tensor.clone() for name, tensor in named_tensors(model.backbone).items()}
     clone = copy.deepcopy(model)
-    pairs = zip(model.named_parameters(), clone.named_parameters())
-    for (name, parameter), (_, copied) in pairs:
-        assert (parameter.data_ptr() == copied.data_ptr()) != parameter.requires_grad, name
-        assert parameter is not copied
-    stir(clone)
+    sources = [*model.parameters(), *model.buffers()]
+    with torch.no_grad():
+        for averaged, source in zip([*clone.parameters(), *clone.buffers()], sources):
+            if averaged.is_floating_point():
+                averaged.mul_(0.5).add_(source, alpha=0.5)
+                assert torch.equal(averaged, source)
+            averaged.data.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(model.backbone).items())
+    assert torch.equal(model.base_fingerprint(), clone.base_fingerprint())
+
+
+def test_a_copy_made_before_the_base_is_loaded_has_the_base():
+    """EMAHook copies ahead of init_weights; of a random base, the copy has the same one."""
+    model = MODELS.build(dict(type='E3VABackbone', backbone=swin(), frozen_dtype=None))
+    clone = copy.deepcopy(model)
+    model.init_weights()
+    for name, tensor in named_tensors(model.backbone).items():
+        assert torch.equal(tensor, named_tensors(clone.backbone)[name])
     images = torch.randn(1, 3, 64, 64)
-    assert not torch.equal(model(images)[0], clone(images)[0])
+    assert torch.equal(model(images)[0], clone(images)[0])
+    assert not torch.equal(model(images)[0], stir(clone)(images)[0])
 
 
 def test_frozen_method():

@@ -196,15 +196,11 @@ class FrozenBackbone(BaseModule):
                 f"this model's base is given by {weights_source(self.backbone)}"
             )
 
-    def __deepcopy__(self, memo: dict) -> FrozenBackbone:
-        # An averaged copy (EMAHook) never changes the base, so it shares its memory and its record.
-        memo[id(self._base_record)] = self._base_record
-        for tensor in self._frozen_tensors().values():
-            alias = tensor.data
-            memo[id(tensor)] = nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
-        clone = memo[id(self)] = type(self).__new__(type(self))
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return clone
+    def __getstate__(self) -> dict:
+        # A copy (EMAHook's) is of a base in place: what averages it may never be told of weights that come later.
+        if not self._base_is_loaded:
+            self.load_base()
+        return self.__dict__
 
 
 def _fast_dtype() -> torch.dtype | None:
