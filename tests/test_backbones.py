@@ -201,6 +201,18 @@ def test_train_leaves_the_frozen_part_in_eval():
     assert all(torch.equal(first, second) for first, second in zip(model(images), model(images)))
 
 
+def test_stages_that_stock_code_freezes_have_their_output_norms_trained():
+    model = e3va(swin('mmdet', frozen_stages=1))
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for undo in (model.train, model.requires_grad_, model.backbone.train):
+        undo()
+        sum(output.square().sum() for output in model(torch.randn(1, 3, 64, 64))).backward()
+        assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
+        assert not any(module.training for module in model.backbone.modules())
+    model.requires_grad_(False)
+    assert not any(output.requires_grad for output in model(torch.randn(1, 3, 64, 64)))
+
+
 @pytest.mark.parametrize('frozen_dtype', [None, 'bfloat16'])
 def test_writes_to_a_copy_leave_the_model_as_it_is(frozen_dtype):
     """As averages of weights write, in place, into every parameter and buffer."""

@@ -277,6 +277,27 @@ def test_full_is_in_train_mode_and_the_others_are_not():
     assert not tuned(dict(type='Adapter', width=4), backbone).train().backbone.training
 
 
+UNDO = {
+    'train of the stock module': lambda model: model.backbone.train(),
+    'train': lambda model: model.train(),
+    'requires_grad_': lambda model: model.requires_grad_(),
+    'init_weights': lambda model: model.init_weights(),
+}
+
+
+@pytest.mark.parametrize('undo', UNDO.values(), ids=UNDO)
+@pytest.mark.parametrize('method', [case for case in SMALL_CASES if case['type'] in ('Full', 'BitFit', 'Partial')])
+def test_stock_code_does_not_change_what_is_frozen(method, undo):
+    """Stages that a stock config freezes are trained where the method trains them, and no others ever."""
+    model = MODELS.build(dict(type='TunedBackbone', backbone=swin('mmdet', frozen_stages=1), method=method))
+    expected = trained_names(model)
+    undo(model)
+    sum(output.square().sum() for output in model(torch.randn(1, 3, 64, 64))).backward()
+    assert trained_names(model) == expected
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == expected
+    assert model.method.trains_backbone or not any(module.training for module in model.backbone.modules())
+
+
 @pytest.mark.parametrize(
     ('method', 'message'),
     [

@@ -46,6 +46,9 @@ class FrozenBackbone(BaseModule):
         ValueError: ``frozen_dtype`` is none of the above.
     """
 
+    # Whether the base takes part in training as a stock one does: dropout, stochastic depth, batch statistics.
+    trains_base = False
+
     def __init__(
         self,
         backbone: dict | nn.Module,
@@ -67,12 +70,28 @@ class FrozenBackbone(BaseModule):
 
         Freezing belongs to construction: optimizers with ``paramwise_cfg`` are built before weights are loaded.
         """
-        self._trained_base = set(trained)
-        for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(name in self._trained_base)
-        self.backbone.eval()
+        self._trained_base, self._trained, self._frozen = set(trained), [], []
+        for name, parameter in self.named_parameters():
+            path, _, base_name = name.partition('.')
+            is_frozen = path == 'backbone' and base_name not in trained
+            (self._frozen if is_frozen else self._trained).append(parameter.requires_grad_(not is_frozen))
+        self.hold_freeze()
         if self.frozen_dtype:
             self._reduce_matrices()
+
+    def hold_freeze(self) -> None:
+        """Sets what is trained, and the modes of the base, as :meth:`freeze_base` has it, whatever changed them since.
+
+        Stock code does: ``train`` freezes stages of its own, ``requires_grad_`` of a model knows no exceptions. Only
+        where all that is trained here has been switched off (as in averaged copies), it stays off.
+        """
+        if self.backbone.training and not self.trains_base:
+            # mmdet's SwinTransformer.eval returns None, so nothing may be chained on it.
+            self.backbone.eval()
+        is_on = any(parameter.requires_grad for parameter in self._trained)
+        for parameters, requires_grad in ((self._frozen, False), (self._trained, is_on)):
+            for parameter in parameters:
+                parameter.requires_grad_(requires_grad)
 
     def _reduce_matrices(self) -> None:
         # Norms, scales and embeddings stay as they are: they are small, and with them the residual stream is in fp32.
@@ -89,13 +108,13 @@ class FrozenBackbone(BaseModule):
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Sets the mode of the trained part; the frozen part stays in eval (no dropout, fixed statistics)."""
         super().train(mode)
-        # mmdet's SwinTransformer.train returns None, so nothing may be chained on it.
-        self.backbone.eval()
+        self.hold_freeze()
         return self
 
     @contextlib.contextmanager
     def frozen_forward(self, images: Tensor):
-        """Context of every call into the base: autocast to ``frozen_dtype``, where one is set."""
+        """Context of every call into the base: frozen, under autocast to ``frozen_dtype`` where one is set."""
+        self.hold_freeze()
         if self.frozen_dtype is None:
             yield
         else:
@@ -130,6 +149,7 @@ class FrozenBackbone(BaseModule):
         if staging is not self.backbone:
             self._adopt(staging)
         self.family.remember()
+        self.hold_freeze()
         self._base_is_loaded = True
 
     def _staging(self) -> nn.Module:

@@ -34,13 +34,8 @@ class TunedBackbone(FrozenBackbone):
         self.method.inject(self.backbone)
         # Weights are loaded by their stock names; where those are gone, a stock module is kept until then.
         self._stock = [stock] if list(stock.state_dict()) != list(self.backbone.state_dict()) else []
+        self.trains_base = self.method.trains_backbone
         self.freeze_base(self.method.trained_names(self.backbone))
-
-    def train(self, mode: bool = True) -> TunedBackbone:
-        super().train(mode)
-        if self.method.trains_backbone:
-            self.backbone.train(mode)
-        return self
 
     def _staging(self) -> nn.Module:
         return self._stock.pop() if self._stock else super()._staging()
