@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import graph_nodes, stir, swin, tool
+from conftest import graph_nodes, images, stir, swin, timm_features, tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
@@ -158,6 +158,16 @@ def test_checkpoints_hold_what_is_trained(method, weights):
     images = torch.randn(1, 3, 64, 64)
     for output, expected in zip(clone.eval()(images), model.eval()(images)):
         torch.testing.assert_close(output, expected)
+
+
+def test_checkpoints_hold_the_statistics_that_training_changes():
+    backbone = timm_features('tf_efficientnet_lite0')
+    model = tuned(dict(type='Full'), backbone)
+    model.train()(images())
+    clone = tuned(dict(type='Full'), backbone)
+    clone.load_state_dict(model.state_dict())
+    assert all(map(torch.equal, clone.eval()(images()), model.eval()(images())))
+    assert not [name for name in tuned(dict(type='NormTuning'), backbone).state_dict() if 'running' in name]
 
 
 def test_a_deep_copy_calls_its_own_modules():

@@ -28,7 +28,7 @@ class Method(nn.Module):
         """Wraps layers of ``backbone``, where the method does so: first a random one, then one with loaded weights."""
 
     def trained_names(self, backbone: nn.Module) -> set[str]:
-        """Names of the backbone's own parameters that are trained."""
+        """Names of the backbone's own parameters, and of its buffers, that training changes."""
         return set()
 
     def run(self, family: Family, images: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ..checks import check_count
 from ..families.base import Family
@@ -18,7 +18,10 @@ class Full(Method):
     trains_backbone = True
 
     def trained_names(self, backbone: nn.Module) -> set[str]:
-        return {name for name, _ in backbone.named_parameters()}
+        # Running statistics are trained with the rest, though by no gradient; other buffers are constants.
+        norms = [(path, module) for path, module in backbone.named_modules() if isinstance(module, _NormBase)]
+        statistics = {f'{path}.{name}' for path, module in norms for name, _ in module.named_buffers()}
+        return statistics | {name for name, _ in backbone.named_parameters()}
 
 
 class Frozen(Method):
