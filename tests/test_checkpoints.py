@@ -3,7 +3,7 @@ import io
 
 import pytest
 import torch
-from conftest import e3va, stir, swin
+from conftest import e3va, stir, swin, timm_features
 from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
@@ -115,24 +115,33 @@ def test_init_cfg_of_the_wrapper_loads_an_adapter(model, weights, tmp_path):
 
 
 @pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
-@pytest.mark.parametrize('prefix', ['', 'backbone.', 'module.backbone.'])
-def test_base_weights_under_any_prefix(weights, tmp_path, scope, prefix):
+@pytest.mark.parametrize('nest', [None, 'model', 'teacher', 'state_dict_ema'])
+@pytest.mark.parametrize('prefix', ['', 'backbone.', 'module.backbone.', 'teacher.backbone.', 'model.'])
+def test_base_weights_under_any_prefix(weights, tmp_path, scope, prefix, nest):
     content = torch.load(weights, weights_only=True)['state_dict']
     renamed = {key.replace('backbone.', prefix, 1): value for key, value in content.items()}
-    torch.save(renamed, tmp_path / 'weights.pth')
+    renamed[('student.' if 'teacher' in prefix else prefix) + 'head.fc.weight'] = torch.zeros(2, 2)
+    torch.save({nest: renamed, 'epoch': 3} if nest else renamed, tmp_path / 'weights.pth')
     model = e3va(swin(scope, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'weights.pth'))))
     for key, value in model.backbone.state_dict().items():
         assert torch.equal(value, content[f'backbone.{key}']), key
 
 
-def test_base_weights_of_the_original_repository(weights, tmp_path):
-    """Stock conversion of key names (`convert_weights`), as stock mmdet configs use it."""
-    content = torch.load(weights, weights_only=True)['state_dict']
+def in_original_names(content):
+    """As Microsoft's repository has them, but for the order in patch merging."""
     original = {}
     for key, value in content.items():
         key = key.removeprefix('backbone.').replace('stages', 'layers').replace('attn.w_msa', 'attn')
         key = key.replace('ffn.layers.0.0', 'mlp.fc1').replace('ffn.layers.1', 'mlp.fc2').replace('projection', 'proj')
         original[key] = value
+    return original
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_base_weights_of_the_original_repository(weights, tmp_path, prefix):
+    """Stock conversion of key names (`convert_weights`), as stock mmdet configs use it."""
+    content = torch.load(weights, weights_only=True)['state_dict']
+    original = {prefix + key: value for key, value in in_original_names(content).items()}
     torch.save({'model': original}, tmp_path / 'original.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'original.pth'))
     model = e3va(swin('mmdet', convert_weights=True, init_cfg=init_cfg))
@@ -140,11 +149,14 @@ def test_base_weights_of_the_original_repository(weights, tmp_path):
     assert torch.equal(model.backbone.get_parameter(key), content[f'backbone.{key}'])
 
 
-def test_resized_windows_interpolate_the_position_tables(weights, tmp_path):
+@pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
+@pytest.mark.parametrize('prefix', ['', 'backbone.', 'model.'])
+def test_resized_windows_interpolate_the_position_tables(weights, tmp_path, scope, prefix):
     content = torch.load(weights, weights_only=True)['state_dict']
-    torch.save({key: value for key, value in content.items() if 'index' not in key}, tmp_path / 'weights.pth')
+    content = {key.replace('backbone.', prefix, 1): value for key, value in content.items() if 'index' not in key}
+    torch.save(content, tmp_path / 'weights.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'weights.pth'))
-    model = e3va(swin('mmdet', window_size=5, init_cfg=init_cfg))
+    model = e3va(swin(scope, window_size=5, init_cfg=init_cfg))
     assert all(parameter.isfinite().all() for parameter in model.backbone.parameters())
 
 
@@ -170,8 +182,55 @@ def test_missing_and_damaged_base_weights_raise(weights, tmp_path):
 
 def test_weights_of_another_size_raise(weights):
     model = build(backbone=swin(embed_dims=24, init_cfg=dict(type='Pretrained', checkpoint=weights)))
-    with pytest.raises(CheckpointMismatchError, match='does not fit SwinTransformer'):
+    message = (
+        r'does not fit SwinTransformer: patch_embed.projection.weight is \(12, 3, 4, 4\) in the file, \(24, 3, 4, 4\)'
+    )
+    with pytest.raises(CheckpointMismatchError, match=message):
         model.init_weights()
+
+
+FOREIGN = {
+    'Microsoft': (
+        in_original_names,
+        r'foreign are patch_embed.proj.weight .12, 3, 4, 4.*; it is in the names of Microsoft.*convert_weights=True',
+    ),
+    'transformers': (
+        lambda content: {f'dinov2.embeddings.patch_embeddings.{key}': value for key, value in content.items()},
+        'foreign are dinov2.*; it is in the names of the transformers library',
+    ),
+    'adapter': (
+        lambda content: {'highway.0.core': torch.zeros(1), 'base_fingerprint': torch.zeros(2, dtype=torch.int64)},
+        'it is a checkpoint of this package, which has no base in it: name it in load_from',
+    ),
+    'list': (lambda content: [*content.values()], 'holds a list without weights by name'),
+    'numbers': (lambda content: {'state_dict': {'epoch': 3}}, 'holds a dict without weights by name'),
+    'module': (lambda content: torch.nn.Linear(2, 2), r'it holds torch\.nn\.modules\.linear\.Linear beside tensors'),
+}
+
+
+@pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
+@pytest.mark.parametrize(('change', 'message'), FOREIGN.values(), ids=FOREIGN)
+def test_base_weights_in_another_form_say_what_they_are(weights, tmp_path, scope, change, message):
+    torch.save(change(torch.load(weights, weights_only=True)['state_dict']), tmp_path / 'weights.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'weights.pth'))
+    with pytest.raises(CheckpointMismatchError, match=r"init_cfg.checkpoint='.*weights.pth' .*" + message):
+        e3va(swin(scope, init_cfg=init_cfg))
+
+
+@pytest.mark.parametrize('number', [1, 4])
+def test_base_weights_for_rgb_are_adapted_to_other_channels(weights, tmp_path, number):
+    """Images that hold the same in all channels give the same maps."""
+    init_cfg = dict(type='Pretrained', checkpoint=weights)
+    grey = torch.randn(1, 1, 64, 64)
+    expected = e3va(swin('mmdet', init_cfg=init_cfg))(grey.expand(-1, 3, -1, -1))
+    original = in_original_names(torch.load(weights, weights_only=True)['state_dict'])
+    stem = original['patch_embed.proj.weight']
+    found = e3va(swin('mmdet', in_channels=number, init_cfg=init_cfg))
+    if number == 4:
+        rows = found.backbone.patch_embed.projection.weight
+        torch.testing.assert_close(rows, torch.cat([stem, stem[:, :1]], 1) * 0.75)
+    else:
+        torch.testing.assert_close(found(grey), expected)
 
 
 @pytest.mark.parametrize('frozen_dtype', [None, 'bfloat16'])
@@ -213,8 +272,25 @@ class Boom:
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({'state_dict': Boom()}, 'evil.pth')
-    with pytest.raises(DamagedCheckpointError, match='unsafe'):
+    with pytest.raises(DamagedCheckpointError, match=r'unsafe to load: it holds io\.open beside tensors'):
         read_checkpoint('evil.pth')
+    assert not (tmp_path / 'boom.txt').exists()
+
+
+@pytest.mark.parametrize('kind', ['base', 'adapter', 'url', 'timm'])
+def test_no_config_makes_a_file_run_code(weights, tmp_path, monkeypatch, kind):
+    """The loaders of the toolboxes would fall back to running it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    cached = tmp_path / 'hub' / 'checkpoints' / 'evil.pth'
+    cached.parent.mkdir(parents=True)
+    torch.save({'state_dict': Boom()}, cached)
+    init_cfg = dict(type='Pretrained', checkpoint='http://localhost/evil.pth' if kind == 'url' else str(cached))
+    config = pretrained(weights, init_cfg=init_cfg)
+    if kind != 'adapter':
+        config = dict(backbone=timm_features(init_cfg=init_cfg) if kind == 'timm' else swin(init_cfg=init_cfg))
+    with pytest.raises(CheckpointMismatchError, match=r'evil\.pth.* unsafe: it holds io\.open beside tensors'):
+        build(**config).init_weights()
     assert not (tmp_path / 'boom.txt').exists()
 
 

@@ -86,6 +86,26 @@ def test_weights_from_a_file(tmp_path, suffix):
     assert_close(model.backbone.norm3.weight, source.norm.weight)
 
 
+@pytest.mark.parametrize('nest', ['state_dict', 'model', 'teacher', 'state_dict_ema'])
+@pytest.mark.parametrize('prefix', ['', 'module.', 'backbone.', 'teacher.backbone.', 'model.'])
+def test_weights_under_any_prefix(tmp_path, prefix, nest):
+    source = timm.create_model('vit_tiny_patch16_224', **TIMM_MODELS['vit_tiny_patch16_224'])
+    weights = {prefix + name: value for name, value in source.state_dict().items()}
+    torch.save({nest: weights}, tmp_path / 'weights.pth')
+    model = e3va(timm_features(checkpoint=str(tmp_path / 'weights.pth')))
+    assert_close(model.backbone.model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize('number', [1, 4])
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'tf_efficientnet_lite0'])
+def test_weights_for_rgb_are_adapted_as_timm_does(tmp_path, name, number):
+    source = timm.create_model(name, **TIMM_MODELS[name])
+    torch.save(source.state_dict(), tmp_path / 'weights.pth')
+    model = e3va(timm_features(name, in_chans=number, checkpoint=str(tmp_path / 'weights.pth'))).backbone.model
+    found, expected = (each.conv_stem if 'lite' in name else each.patch_embed.proj for each in (model, source))
+    assert_close(found.weight, timm.models.adapt_input_conv(number, expected.weight))
+
+
 def test_weights_for_another_image_size(tmp_path):
     source = timm.create_model('vit_tiny_patch16_224', img_size=64, **TIMM_MODELS['vit_tiny_patch16_224'])
     torch.save(source.state_dict(), tmp_path / 'weights.pth')
@@ -116,6 +136,14 @@ def foreign(path):
     torch.save(timm.create_model('convnext_base', dims=(8, 8, 8, 8), depths=(1, 1, 1, 1)).state_dict(), path)
 
 
+def of_transformers(path):
+    torch.save({'embeddings.patch_embeddings.weight': torch.zeros(2)}, path)
+
+
+def of_openmmlab(path):
+    torch.save({'backbone.stages.0.blocks.0.attn.w_msa.qkv.weight': torch.zeros(2)}, path)
+
+
 def reshaped(path):
     weights = torch.load(path, weights_only=True)
     weights['blocks.2.attn.qkv.weight'] = torch.zeros(3, 3)
@@ -127,8 +155,10 @@ def reshaped(path):
     [
         (damaged, 'may be damaged'),
         (partial, 'lacks 1 of the .* blocks.2.attn.qkv.weight'),
-        (foreign, 'lacks'),
-        (reshaped, 'does not fit VisionTransformer'),
+        (foreign, 'lacks .*; foreign are stem.0.weight'),
+        (of_transformers, 'it is in the names of the transformers library'),
+        (of_openmmlab, "it is in OpenMMLab's names, for a backbone of mmseg or mmdet"),
+        (reshaped, r'does not fit VisionTransformer: blocks.2.attn.qkv.weight is \(3, 3\) in the file, \(96, 32\)'),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, change, message):

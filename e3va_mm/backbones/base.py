@@ -13,7 +13,7 @@ from mmengine.model.weight_init import initialize
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..checkpoints.base_weights import load_base_weights, names_weights, weights_source
+from ..checkpoints.base_weights import load_base_weights, names_weights, reading, weights_source
 from ..checkpoints.errors import CheckpointMismatchError
 from ..checkpoints.fingerprint import FINGERPRINT, describe_difference, fingerprint, frozen_tensors, named_tensors
 from ..checks import check_choice
@@ -130,7 +130,8 @@ class FrozenBackbone(BaseModule):
         if not self._base_is_loaded:
             self.load_base()
         if self.init_cfg:
-            initialize(self, self.init_cfg)
+            with reading(f'init_cfg={self.init_cfg}'):
+                initialize(self, self.init_cfg)
 
     def load_base(self) -> None:
         """Loads the base weights from ``backbone.init_cfg``, in place; without one, draws them at random.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import pickle
 from functools import partial
-from pathlib import Path
 
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..checkpoints.base_weights import describe_missing
+from ..checkpoints.base_weights import describe_misfit, read_weights
 from ..checkpoints.errors import CheckpointMismatchError
 from ..families.registry import find_timm_family, timm_modules
 from ..families.timm_base import TIMMFamily
@@ -112,33 +110,27 @@ def load_file(family: TIMMFamily, model: nn.Module, checkpoint: str, source: str
     Args:
         family: of the model.
         model: changed in place.
-        checkpoint: the file's path.
+        checkpoint: the file's path, or a URL.
         source: what messages call it.
 
     Raises:
         FileNotFoundError, CheckpointMismatchError: the file is missing or damaged, or does not fit.
     """
-    if not Path(checkpoint).is_file():
-        raise FileNotFoundError(f'{source}: there is no such file; give the path of its weights')
-    try:
-        weights = _import_timm().models.load_state_dict(checkpoint)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise CheckpointMismatchError(f'{source} can not be read, it may be damaged: {error}') from error
-    try:
-        weights = family.convert(model, weights)
-        optional = tuple(f'{name}.' for name in family.unused)
-        needed = [
-            name
-            for name in model.state_dict()
-            if not name.startswith(optional) and not name.endswith('num_batches_tracked')
-        ]
-        missing = [name for name in needed if name not in weights]
-        if not missing:
-            model.load_state_dict(weights, strict=False)
-    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
-        raise CheckpointMismatchError(f'{source} does not fit {type(model).__name__}: {error}') from error
-    if missing:
-        raise CheckpointMismatchError(describe_missing(source, missing, len(needed), model))
+    weights = read_weights(model, checkpoint, source)
+    # timm's converters know the formats of their family, and stumble over others: what is missing then shows below.
+    with contextlib.suppress(AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError):
+        weights = family.convert(model, dict(weights))
+    optional = tuple(f'{name}.' for name in family.unused)
+    needed = [
+        name
+        for name in model.state_dict()
+        if not name.startswith(optional) and not name.endswith('num_batches_tracked')
+    ]
+    missing = [name for name in needed if name not in weights]
+    misfit = describe_misfit(model, weights, missing, len(needed), source)
+    if misfit:
+        raise CheckpointMismatchError(misfit)
+    model.load_state_dict(weights, strict=False)
 
 
 def _import_timm():

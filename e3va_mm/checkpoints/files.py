@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,9 @@ from safetensors.torch import save_file
 from .errors import DamagedCheckpointError
 from .fingerprint import FINGERPRINT
 
+# What reading a file raises that is damaged, or not what it should be.
+UNREADABLE = (RuntimeError, EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError)
+_FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 _EMBEDDED = Path(__file__).parents[1] / 'weights'
 
 
@@ -34,16 +39,40 @@ def read_checkpoint(path: str | Path) -> dict:
     if path.suffix == '.safetensors':
         return _read_safetensors(path)
     try:
-        with _mmengine_types():
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        with weights_only():
+            checkpoint = torch.load(path, map_location='cpu')
+    except UNREADABLE as error:
         raise DamagedCheckpointError(
-            f'checkpoint {path} ({path.stat().st_size} bytes) is damaged or unsafe to load: {reason}'
+            f'checkpoint {path} ({path.stat().st_size} bytes) is damaged or unsafe to load: {reason(error)}'
         ) from error
     if not isinstance(checkpoint, dict):
         raise DamagedCheckpointError(f'checkpoint {path} holds a {type(checkpoint).__name__}, not a state dict')
     return checkpoint
+
+
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """While this lasts, no call of ``torch.load`` runs code of a file, whatever it is called with.
+
+    mmengine's loaders ask for weights only, and where that fails for anything; from URLs they do not even ask.
+    """
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = '1'
+    try:
+        with _mmengine_types():
+            yield
+    finally:
+        os.environ.pop(_FORCE)
+        if before is not None:
+            os.environ[_FORCE] = before
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, in one line."""
+    unsafe = re.search(r'GLOBAL (\S+)', str(error))
+    if unsafe:
+        return f'it holds {unsafe[1]} beside tensors and numbers, and nothing of it was run; save a state_dict() alone'
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _mmengine_types():
