@@ -4,6 +4,7 @@ import weakref
 import pytest
 import torch
 from conftest import e3va, graph_nodes, outputs_of_stock, saved_bytes, stir, swin, timm_features
+from mmengine.analysis import get_model_complexity_info
 from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -190,6 +191,18 @@ def test_trains_after_a_forward_without_gradient(mode):
     assert all(torch.equal(one, other) for one, other in zip(outputs, expected))
     sum(output.square().sum() for output in outputs).backward()
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('options', [{}, dict(mixer=dict(width=4), graph_stages=1)], ids=['plain', 'graph'])
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@torch.no_grad()
+def test_can_be_traced_and_its_operations_counted(options):
+    """By what knows no autograd functions."""
+    model, images = stir(e3va(**options)).eval(), torch.randn(1, 3, 64, 64)
+    expected = model(images)
+    traced = torch.jit.trace(model, images, check_trace=False)
+    assert all(map(torch.equal, traced(images), expected))
+    assert get_model_complexity_info(model, (3, 64, 64))['flops'] > 1e6
 
 
 def test_train_leaves_the_frozen_part_in_eval():

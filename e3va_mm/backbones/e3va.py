@@ -129,6 +129,8 @@ class E3VABackbone(FrozenBackbone):
 
     def _run_frozen(self, images: Tensor, along: HighwayPass, num_heard: int) -> None:
         ends_early = self.family.has_more or num_heard < len(self.family.stages)
+        # It ends by an exception, from which the scopes of a trace do not recover.
+        ends_early = ends_early and not torch.jit.is_tracing()
         with torch.no_grad(), listen(self.family, along, num_heard, ends_early):
             self.backbone(images)
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tap_record import TapRecord, decompress
+from .tap_record import TapRecord, decompress, records_gradient
 
 # Adapters evaluated together; bounds the transient hidden activations (group x tokens x hidden) of a stage.
 _GROUP_BYTES = 128 * 2**20
@@ -79,8 +79,10 @@ def stage_delta(record: TapRecord, weights: AdapterWeights) -> Tensor:
     """
     if record.num_taps != len(weights.down_in):
         raise ValueError(f'this stage has {len(weights.down_in)} adapters but was given {record.num_taps} taps')
-    if record.kept is None and torch.is_grad_enabled() and weights.down_in.requires_grad:
+    if record.kept is None and records_gradient() and weights.down_in.requires_grad:
         raise RuntimeError('the taps were recorded under no_grad, so the gradient of the adapters is not to be had')
+    if not records_gradient():
+        return expand_ranks(record.reduced, weights.bottleneck)[0].view(record.shape)
     reduced = TapReduction.apply(record.reduced, record.kept, record.scales, record.sample, weights.down_in)
     return RankExpansion.apply(reduced, *weights.bottleneck).view(record.shape)
 
@@ -124,6 +126,18 @@ def _sampled(grad_reduced: Tensor, sample: Tensor | None) -> Tensor:
     return grad_reduced.index_select(1, sample) * (grad_reduced.shape[1] / len(sample))
 
 
+def expand_ranks(reduced: Tensor, weights: BottleneckWeights) -> tuple[Tensor, Tensor, BottleneckWeights]:
+    """Rank-space images (N, M, W) to the sum of the deltas (M, C); with it the dense core and the weights as cast."""
+    with torch.autocast(reduced.device.type, enabled=False):
+        cast = weights.to(reduced.dtype)
+        core = _block_diagonal(cast.core)
+        delta = cast.up_bias.sum(0).expand(reduced.shape[1], -1)
+        for group in _groups(reduced, cast.down_out.shape[-1]):
+            *_, expanded = _expand(reduced[group], core[group], cast.select(group))
+            delta = torch.addmm(delta, _side_by_side(expanded), cast.up_out[group].flatten(0, 1))
+    return delta, core, cast
+
+
 class RankExpansion(torch.autograd.Function):
     """From rank-space images (N, M, W) to the sum of the adapters' deltas, (M, C).
 
@@ -134,13 +148,7 @@ class RankExpansion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reduced, *fields):
         weights = BottleneckWeights(*fields)
-        with torch.autocast(reduced.device.type, enabled=False):
-            cast = weights.to(reduced.dtype)
-            core = _block_diagonal(cast.core)
-            delta = cast.up_bias.sum(0).expand(reduced.shape[1], -1)
-            for group in _groups(reduced, cast.down_out.shape[-1]):
-                *_, expanded = _expand(reduced[group], core[group], cast.select(group))
-                delta = torch.addmm(delta, _side_by_side(expanded), cast.up_out[group].flatten(0, 1))
+        delta, core, cast = expand_ranks(reduced, weights)
         ctx.weight_dtype = weights.core.dtype
         ctx.save_for_backward(reduced, core, *cast)
         return delta

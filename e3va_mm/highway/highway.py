@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .mixer import MixerWeights, StateMixer, mix, mixer_weights
-from .recomputed import Recomputed
+from .recomputed import recomputed
 from .stage_adapters import StageAdapters
 from .tap_record import TapRecord
 
@@ -205,7 +205,7 @@ class HighwayPass:
 
         # All of it is cheap, or in the graph, and starts from the same state: one copy of that serves all.
         parameters = (*(mixer or ()), *(() if norm is None else norm.parameters()))
-        output, carried = Recomputed.apply(go, highway.state_dtype, state, *parameters)
+        output, carried = recomputed(go, highway.state_dtype, state, *parameters)
         if output is not None:
             self.maps.append(output)
         return carried, sizes[0]

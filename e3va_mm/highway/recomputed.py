@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from .tap_record import stored_dtype
+from .tap_record import records_gradient, stored_dtype
+
+
+def recomputed(function, limit: torch.dtype | None, state: Tensor, *parameters: Tensor) -> tuple[Tensor | None, ...]:
+    """``function(state)``, by :class:`Recomputed` where gradients are recorded."""
+    return Recomputed.apply(function, limit, state, *parameters) if records_gradient() else function(state)
 
 
 class Recomputed(torch.autograd.Function):

@@ -52,7 +52,7 @@ class TapRecord:
         self.reduced = self.kept = self.scales = self.sample = None
         self._down_in, self._storage = down_in, storage
         # Decided here, since taps arrive from a frozen forward without gradient.
-        self._keeps_taps = torch.is_grad_enabled() and down_in.requires_grad
+        self._keeps_taps = records_gradient() and down_in.requires_grad
 
     def add(self, tap: Tensor) -> None:
         """Records the next tap, (..., C).
@@ -69,7 +69,9 @@ class TapRecord:
             )
         tokens = tap.reshape(-1, tap.shape[-1])
         with torch.no_grad(), torch.autocast(tap.device.type, enabled=False):
-            torch.mm(tokens, self._basis[self.num_taps], out=self.reduced[self.num_taps])
+            image, basis = self.reduced[self.num_taps], self._basis[self.num_taps]
+            # What counts operations in a trace knows products of two arguments.
+            image.copy_(tokens @ basis) if torch.jit.is_tracing() else torch.mm(tokens, basis, out=image)
             if self.kept is not None:
                 self._keep(tokens)
         self.num_taps += 1
@@ -99,6 +101,11 @@ class TapRecord:
             return
         scale = self.scales[self.num_taps].copy_(float8_scale(tokens, kept.dtype))
         torch.div(tokens, scale, out=kept)
+
+
+def records_gradient() -> bool:
+    """Whether a gradient may be asked for; not of a trace, which is for inference and knows no autograd functions."""
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
 def stored_dtype(dtype: torch.dtype, limit: torch.dtype | None) -> torch.dtype:
