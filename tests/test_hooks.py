@@ -1,12 +1,13 @@
 """Hooks inside a real Runner on a toy model."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, HOOKS, MODELS
@@ -129,8 +130,6 @@ def test_checkpoint_loads_as_weights_only_and_keeps_the_history(tmp_path):
 
 def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
     """A write that dies half-way leaves the one before, and nothing under the new name."""
-    import os
-
     from e3va_mm.hooks import checkpoint
 
     replace, calls = os.replace, []
@@ -149,6 +148,27 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch
     run(tmp_path, tmp_path / 'log.txt', resume=True, max_keep_ckpts=1)
     assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_8.pth']
     assert not list(tmp_path.glob('*.partial'))
+
+
+def test_a_new_best_under_the_old_name_stays(tmp_path):
+    """As where validation runs several times an epoch, and names the file by the epoch."""
+    runner = run(tmp_path, tmp_path / 'log.txt', save_best='acc')
+    hook = next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
+    for score in (1.0, 2.0):
+        hook._save_best_checkpoint(runner, {'acc': score})
+        assert (tmp_path / 'best_acc_iter_8.pth').is_file()
+
+
+def test_a_fresh_run_in_a_used_folder_is_what_resumes(tmp_path):
+    run(tmp_path, tmp_path / 'old.txt')
+    for path in tmp_path.glob('*.pth'):
+        os.utime(path, (1, 1))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tmp_path / 'new.txt', die_at=1)
+    assert latest_checkpoint(tmp_path) is None
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tmp_path / 'new.txt', die_at=3)
+    assert latest_checkpoint(tmp_path).name == 'iter_2.pth'
 
 
 def test_report(tmp_path):

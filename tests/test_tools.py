@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, tool
+from mmengine.config import Config
 
 from e3va_mm.checkpoints.files import latest_checkpoint, read_checkpoint
 
@@ -142,6 +143,18 @@ def test_resume_without_a_checkpoint_starts(seg_config, tmp_path):
         'tools/train.py', seg_config, '--work-dir', tmp_path, '--resume', '--cfg-options', 'train_cfg.max_iters=1'
     )
     assert 'no checkpoint' in log and (tmp_path / 'iter_1.pth').is_file()
+
+
+def test_resume_finds_what_the_hook_saves_elsewhere(tmp_path):
+    set_resume = runpy.run_path(str(ROOT / 'tools/train.py'))['set_resume']
+    hook = dict(type='CheckpointHook', out_dir=str(tmp_path / 'out'))
+    config = Config(dict(work_dir=str(tmp_path / 'run'), default_hooks=dict(checkpoint=hook), resume=True))
+    set_resume(config, 'auto')
+    assert not config.resume
+    (tmp_path / 'out/run').mkdir(parents=True)
+    torch.save({'state_dict': {}}, tmp_path / 'out/run/iter_4.pth')
+    set_resume(config, 'auto')
+    assert config.resume and config.load_from == str(tmp_path / 'out/run/iter_4.pth')
 
 
 def test_load_from_keeps_adapters_for_another_head(trained_seg, seg_config, tmp_path):

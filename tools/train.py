@@ -2,6 +2,7 @@
 """Trains any mmseg or mmdet config; the config's default_scope decides which toolbox runs it."""
 
 import argparse
+from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -28,7 +29,7 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='continue from CHECKPOINT, or, without one, from the newest whole checkpoint in the work dir',
+        help='continue from CHECKPOINT, or, without one, from the newest whole one of the last run in the work dir',
     )
     add_common_arguments(parser)
     return parser.parse_args()
@@ -37,11 +38,19 @@ def parse_args() -> argparse.Namespace:
 def set_resume(config: Config, checkpoint: str) -> None:
     """Points the config at the checkpoint to continue from; a fresh start if there is none yet."""
     if checkpoint == 'auto':
-        checkpoint = latest_checkpoint(config.work_dir)
+        checkpoint = latest_checkpoint(config.work_dir, checkpoint_folder(config))
         if checkpoint is None:
             print_log(f'--resume: no checkpoint in {config.work_dir} yet, starting from the beginning', 'current')
+            config.resume = False
             return
     config.resume, config.load_from = True, str(checkpoint)
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """Where the checkpoint hook saves: with an ``out_dir``, in a folder of the work dir's name there."""
+    work_dir = Path(config.work_dir).resolve()
+    out_dir = Path((config.default_hooks.checkpoint or {}).get('out_dir') or work_dir)
+    return out_dir if out_dir == work_dir else out_dir / work_dir.name
 
 
 def scale_learning_rate(config: Config) -> None:
@@ -59,8 +68,8 @@ def main() -> None:
     run_float32_ops(config)
     if args.auto_scale_lr:
         scale_learning_rate(config)
-    if args.resume:
-        set_resume(config, args.resume)
+    if args.resume or (config.get('resume') and not config.get('load_from')):
+        set_resume(config, args.resume or 'auto')
     if config.get('load_from') and '://' not in config.load_from:
         read_checkpoint(config.load_from)  # Says clearly what is wrong with it before anything is built.
     build_runner(config).train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -24,6 +25,8 @@ from .fingerprint import FINGERPRINT
 UNREADABLE = (RuntimeError, EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError)
 _FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 _EMBEDDED = Path(__file__).parents[1] / 'weights'
+# What `last_checkpoint` names until a run has saved its first one.
+_NONE_YET = 'no_checkpoint_yet'
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -84,21 +87,52 @@ def _mmengine_types():
     return torch.serialization.safe_globals(get_torch_safe_globals())
 
 
-def latest_checkpoint(work_dir: str | Path) -> Path | None:
-    """The newest checkpoint in ``work_dir`` that can be read; damaged ones are skipped with a warning."""
-    work_dir = Path(work_dir)
-    numbered = {path: int(path.stem.split('_')[1]) for path in work_dir.glob('*.pth') if _is_numbered(path)}
-    for path in sorted(numbered, key=numbered.get, reverse=True):
-        try:
-            read_checkpoint(path)
-            return path
-        except DamagedCheckpointError as error:
-            print_log(f'{error}; trying the one before', logger='current', level=30)
-    return None
+def latest_checkpoint(work_dir: str | Path, folder: str | Path | None = None) -> Path | str | None:
+    """The newest checkpoint that can be read, of the last run in ``work_dir``; None where it has none yet.
+
+    That is what ``last_checkpoint`` in ``work_dir`` names, or else the newest of those that the run saved before it.
+
+    Args:
+        work_dir: of the run.
+        folder: where its checkpoints are, if not in ``work_dir``.
+    """
+    pointer, folder = Path(work_dir, 'last_checkpoint'), Path(folder or work_dir)
+    named = pointer.read_text().strip() if pointer.is_file() else ''
+    if '://' in named:
+        return named
+    # Of a folder that was moved, the pointer still names the old place.
+    exact = [path for path in (Path(named), folder / Path(named).name) if path.is_file()][:1]
+    return next(filter(_is_readable, [*exact, *_saved_before(pointer, named, folder)]), None)
 
 
-def _is_numbered(path: Path) -> bool:
-    return re.fullmatch(r'(iter|epoch)_\d+', path.stem) is not None
+def mark_fresh_run(work_dir: str | Path) -> None:
+    """From here on, what older runs left in ``work_dir`` is not what :func:`latest_checkpoint` looks for."""
+    Path(work_dir, 'last_checkpoint').write_text(_NONE_YET)
+
+
+def _saved_before(pointer: Path, named: str, folder: Path) -> list[Path]:
+    """Numbered checkpoints, newest first, without those that can only be an older run's."""
+    steps = {path: step for path in folder.glob('*.pth') if (step := _step(path)) is not None}
+    if named == _NONE_YET:
+        # A run may die between its first checkpoint and the note of it.
+        steps = {path: step for path, step in steps.items() if path.stat().st_mtime >= pointer.stat().st_mtime}
+    elif (last := _step(Path(named))) is not None:
+        steps = {path: step for path, step in steps.items() if step < last}
+    return sorted(steps, key=lambda path: (path.stat().st_mtime, steps[path]), reverse=True)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        read_checkpoint(path)
+        return True
+    except DamagedCheckpointError as error:
+        print_log(f'{error}; trying the one before', logger='current', level=logging.WARNING)
+        return False
+
+
+def _step(path: Path) -> int | None:
+    match = re.fullmatch(r'(?:iter|epoch)_(\d+)', path.stem)
+    return int(match[1]) if match else None
 
 
 def to_plain(value):

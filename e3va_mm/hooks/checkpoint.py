@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
@@ -17,7 +18,7 @@ from mmengine.runner.base_loop import BaseLoop
 from mmengine.runner.checkpoint import get_state_dict
 
 from ..checkpoints.errors import CheckpointMismatchError
-from ..checkpoints.files import restore_history, to_plain
+from ..checkpoints.files import mark_fresh_run, restore_history, to_plain
 from ..checkpoints.fingerprint import FINGERPRINT
 
 
@@ -50,10 +51,12 @@ class _DelayedRemoval:
     def remove(self, path) -> None:
         self._pending.append(path)
 
-    def flush(self) -> None:
+    def flush(self, kept: list) -> None:
+        """Removes what is pending, but for the paths in ``kept``: a new file may bear an old one's name."""
+        kept = {os.path.abspath(path) for path in kept if path}
         while self._pending:
             path = self._pending.pop()
-            if self._backend.isfile(path):
+            if os.path.abspath(path) not in kept and self._backend.isfile(path):
                 self._backend.remove(path)
 
 
@@ -78,6 +81,8 @@ class AdapterCheckpointHook(CheckpointHook):
             self.backend_args = dict(backend='AtomicLocalBackend')
         super().before_train(runner)
         self.file_backend = _DelayedRemoval(self.file_backend)
+        if is_main_process() and not runner._resume:
+            mark_fresh_run(runner.work_dir)
         _seed_privately(runner.train_dataloader)
         if self._random_state:
             _set_random_state(self._random_state)
@@ -88,11 +93,15 @@ class AdapterCheckpointHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner, step, meta) -> None:
         super()._save_checkpoint_with_step(runner, step, meta)
-        self.file_backend.flush()
+        self._remove_old()
 
     def _save_best_checkpoint(self, runner, metrics) -> None:
         super()._save_best_checkpoint(runner, metrics)
-        self.file_backend.flush()
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        best = [getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values()]
+        self.file_backend.flush([self.last_ckpt, *best])
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         for key in ('meta', 'message_hub', 'param_schedulers'):
