@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def check_count(option: str, value) -> None:
@@ -48,6 +50,13 @@ def check_kernel_sizes(option: str, sizes) -> None:
     are_listed = isinstance(sizes, (list, tuple)) and sizes and all(type(size) is int for size in sizes)
     if not are_listed or not all(size > 0 and size % 2 for size in sizes):
         raise ValueError(f'{option} must be a list of odd integers, got {sizes!r}')
+
+
+def check_target(option: str, target: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raises a ValueError where writing ``target`` would overwrite one of ``inputs``, links followed."""
+    for source in inputs:
+        if os.path.realpath(target) == os.path.realpath(source):
+            raise ValueError(f'{option} {target} would overwrite the input {source}: choose another')
 
 
 def check_options(option: str, given, known: Sequence[str]) -> dict:

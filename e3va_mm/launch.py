@@ -10,9 +10,13 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.hooks import CheckpointHook
 from mmengine.model import MMDistributedDataParallel
-from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, RUNNERS, Registry
 from mmengine.runner import Runner
+
+from .checks import check_count
 
 SCOPES = ('mmseg', 'mmdet')
 
@@ -51,14 +55,35 @@ def load_config(args: argparse.Namespace) -> Config:
     config = Config.fromfile(args.config)
     if args.cfg_options:
         config.merge_from_dict(args.cfg_options)
-    if config.get('default_scope') not in SCOPES:
-        raise ValueError(f'default_scope must be one of {SCOPES}, {args.config} has {config.get("default_scope")!r}')
+    set_scope(config)
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     _protect_checkpoints(config)
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         _distribute_on_cpu(config)
     return config
+
+
+def set_scope(config: Config) -> None:
+    """Where the config has no ``default_scope``, as those in pure Python, takes the toolbox that its model is from.
+
+    Raises:
+        ValueError: the toolbox is none of ``SCOPES``.
+    """
+    if config.get('default_scope') is None:
+        model = resolve_type(MODELS, config.get('model', {}).get('type'))
+        roots = [cls.__module__.partition('.')[0] for cls in getattr(model, '__mro__', ())]
+        config.default_scope = next((root for root in roots if root in SCOPES), None)
+    if config.default_scope not in SCOPES:
+        raise ValueError(f'default_scope must be one of {SCOPES}, {config.filename} has {config.default_scope!r}')
+
+
+def resolve_type(registry: Registry, named, scope: str | None = None):
+    """What a config's ``type`` stands for: a name, seen from ``scope``, or the class itself. None: not registered."""
+    if not isinstance(named, str):
+        return named
+    with registry.switch_scope_and_registry(scope) as scoped:
+        return scoped.get(named)
 
 
 def build_runner(config: Config) -> Runner:
@@ -94,7 +119,8 @@ def enable_amp(config: Config) -> None:
         raise ValueError(
             '--amp needs a CUDA device; on the CPU, model.backbone.frozen_dtype=bfloat16 runs the backbone in bf16'
         )
-    if wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
+    named = resolve_type(OPTIM_WRAPPERS, wrapper.get('type', 'OptimWrapper'), config.get('default_scope'))
+    if named not in (OptimWrapper, AmpOptimWrapper):
         raise ValueError(f"--amp can not change optim_wrapper.type={wrapper.type!r}; use 'OptimWrapper'")
     wrapper.type = 'AmpOptimWrapper'
     wrapper.setdefault('loss_scale', 'dynamic')
@@ -102,34 +128,40 @@ def enable_amp(config: Config) -> None:
 
 def run_float32_ops(config: Config) -> None:
     """Adds the hook that heads need under bfloat16 autocast, where the config asks for that."""
-    if config.optim_wrapper.get('dtype') == 'bfloat16':
+    if config.optim_wrapper.get('dtype') in ('bfloat16', torch.bfloat16):
         config.custom_hooks = [*config.get('custom_hooks', []), dict(type='Float32OpsHook')]
 
 
+def leaf_datasets(dataset: dict, key: str):
+    """Config key and config of each data set inside wrappers such as RepeatDataset and ConcatDataset."""
+    if 'dataset' in dataset:
+        yield from leaf_datasets(dataset['dataset'], f'{key}.dataset')
+    elif 'datasets' in dataset:
+        for index, child in enumerate(dataset['datasets']):
+            yield from leaf_datasets(child, f'{key}.datasets[{index}]')
+    else:
+        yield key, dataset
+
+
 def check_data(config: Config, *loaders: str) -> None:
-    """Makes sure that the data folders of the named dataloaders exist.
+    """Makes sure that the named dataloaders have a batch size, and that their data folders exist.
 
     Raises:
-        FileNotFoundError: names the config key and the folder.
+        FileNotFoundError, ValueError: names the config key and the folder or the number.
     """
-    for loader in loaders:
-        if config.get(loader):
-            _check_dataset(config[loader].dataset, f'{loader}.dataset')
-
-
-def _check_dataset(dataset: dict, key: str) -> None:
-    inner = dataset.get('datasets') or ([dataset.dataset] if 'dataset' in dataset else [])
-    for index, child in enumerate(inner):
-        _check_dataset(child, f'{key}.datasets[{index}]' if 'datasets' in dataset else f'{key}.dataset')
-    root = dataset.get('data_root')
-    if root and '://' not in root and not dataset.get('backend_args') and not Path(root).is_dir():
-        raise FileNotFoundError(f'{key}.data_root={root!r} is no folder (working directory: {Path.cwd()})')
+    for loader in filter(config.get, loaders):
+        if 'batch_size' in config[loader]:
+            check_count(f'{loader}.batch_size', config[loader].batch_size)
+        for key, dataset in leaf_datasets(config[loader].dataset, f'{loader}.dataset'):
+            root = dataset.get('data_root')
+            if root and '://' not in root and not dataset.get('backend_args') and not Path(root).is_dir():
+                raise FileNotFoundError(f'{key}.data_root={root!r} is no folder (working directory: {Path.cwd()})')
 
 
 def _protect_checkpoints(config: Config) -> None:
     """Puts AdapterCheckpointHook, a superset of it, in the place of the stock checkpoint hook."""
     hook = config.setdefault('default_hooks', {}).setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
-    if hook and hook.get('type') == 'CheckpointHook':
+    if hook and resolve_type(HOOKS, hook.get('type'), config.default_scope) is CheckpointHook:
         hook['type'] = 'AdapterCheckpointHook'
 
 

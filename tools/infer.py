@@ -11,6 +11,8 @@ from mmengine.registry import VISUALIZERS, init_default_scope
 
 import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
 from e3va_mm.checkpoints.files import read_checkpoint
+from e3va_mm.checks import check_target
+from e3va_mm.launch import set_scope
 
 IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -37,6 +39,16 @@ def find_images(path: str) -> list[Path]:
     return images
 
 
+def targets_of(images: list[Path], out_dir: str) -> list[Path]:
+    """Where each picture goes: ``NAME.png``, or ``NAME.jpg.png`` where images differ by their suffix alone."""
+    stems = [path.stem for path in images]
+    names = [path.stem if stems.count(path.stem) == 1 else path.name for path in images]
+    targets = [Path(out_dir, f'{name}.png') for name in names]
+    for target in targets:
+        check_target('the picture', target, images)
+    return targets
+
+
 def load_model(config: Config, checkpoint: str, device: str):
     """A model, and the function of its toolbox that applies it to an image path."""
     if config.default_scope == 'mmseg':
@@ -51,16 +63,17 @@ def load_model(config: Config, checkpoint: str, device: str):
 def main() -> None:
     args = parse_args()
     images = find_images(args.image)
+    targets = targets_of(images, args.out_dir)
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options or {})
     read_checkpoint(args.checkpoint)  # Says clearly what is wrong with it before anything is built.
+    set_scope(config)
     init_default_scope(config.default_scope)
     model, infer = load_model(config, args.checkpoint, args.device)
     visualizer = VISUALIZERS.build({**config.visualizer, 'alpha': 0.5})
     visualizer.dataset_meta = model.dataset_meta
     options = {'pred_score_thr': args.score_thr} if config.default_scope == 'mmdet' else {'with_labels': False}
-    for path in images:
-        target = Path(args.out_dir, f'{path.stem}.png')
+    for path, target in zip(images, targets):
         visualizer.add_datasample(
             path.name,
             mmcv.imread(path, channel_order='rgb'),

@@ -14,6 +14,8 @@ from mmengine.registry import MODELS, init_default_scope
 import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
 from e3va_mm.backbones.tuned import TunedBackbone
 from e3va_mm.checkpoints.files import read_checkpoint
+from e3va_mm.checks import check_target
+from e3va_mm.launch import set_scope
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,13 +27,22 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def weights_of(backbone: dict) -> list[str]:
+    """The files that a backbone's config names as its weights."""
+    named = (backbone.get('checkpoint'), (backbone.get('init_cfg') or {}).get('checkpoint'))
+    return [checkpoint for checkpoint in named if checkpoint]
+
+
 def main() -> None:
     args = parse_args()
+    check_target('target', args.target, [args.config, args.checkpoint])
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options or {})
+    set_scope(config)
     init_default_scope(config.default_scope)
     # In half precision, the weights would round most of the update away.
     config.model.backbone.pop('frozen_dtype', None)
+    check_target('target', args.target, weights_of(config.model.backbone.backbone))
     model = MODELS.build(config.model)
     if not isinstance(model.backbone, TunedBackbone):
         raise ValueError(f'{args.config} has a {type(model.backbone).__name__}; only a TunedBackbone can be merged')

@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 
 from e3va_mm.checkpoints.files import publish, unpublish
+from e3va_mm.checks import check_target
 
 
 def main() -> None:
@@ -16,6 +17,7 @@ def main() -> None:
     directions = {('.pth', '.safetensors'): publish, ('.safetensors', '.pth'): unpublish}
     if suffixes not in directions:
         raise ValueError(f'{args.source} -> {args.target}: give .pth and .safetensors, or .safetensors and .pth')
+    check_target('target', args.target, [args.source])
     directions[suffixes](args.source, args.target)
     print(f'{args.target}: {Path(args.target).stat().st_size / 2**20:.2f} MiB')
 

@@ -2,12 +2,25 @@
 """Evaluates a checkpoint with any mmseg or mmdet config; the config's default_scope decides which toolbox runs it."""
 
 import argparse
+import inspect
 from copy import deepcopy
+from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
+from mmengine.model import is_model_wrapper
+from mmengine.registry import METRICS
 
 from e3va_mm.checkpoints.files import read_checkpoint
-from e3va_mm.launch import add_common_arguments, build_runner, check_data, end_distributed_run, load_config
+from e3va_mm.checks import check_target
+from e3va_mm.launch import (
+    add_common_arguments,
+    build_runner,
+    check_data,
+    end_distributed_run,
+    leaf_datasets,
+    load_config,
+    resolve_type,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,7 +54,8 @@ def augment_test_time(config: Config) -> None:
     missing = [key for key in ('tta_model', 'tta_pipeline') if key not in config]
     if missing:
         raise ValueError(f'--tta needs {missing} in the config')
-    config.test_dataloader.dataset.pipeline = config.tta_pipeline
+    for _, dataset in leaf_datasets(config.test_dataloader.dataset, 'test_dataloader.dataset'):
+        dataset.pipeline = config.tta_pipeline
     config.model = ConfigDict(**config.tta_model, module=config.model)
 
 
@@ -51,12 +65,47 @@ def default_detection_tta_model() -> dict:
 
 def flipped(dataset: dict) -> list[dict]:
     """The test pipeline run twice, the second time mirrored."""
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
+    _, dataset = next(leaf_datasets(dataset, 'dataset'))
     *transforms, pack = deepcopy(dataset['pipeline'])
     pack['meta_keys'] = (*pack.get('meta_keys', ()), 'flip', 'flip_direction')
     flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
     return [*transforms, dict(type='TestTimeAug', transforms=[flips, [pack]])]
+
+
+def check_merges_masks(runner) -> None:
+    """mmdet merges boxes alone, and stops with an assertion at the first image that has masks."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    has_masks = any(name.endswith('mask_head') for name, _ in model.named_modules())
+    if type(model).__name__ == 'DetTTAModel' and has_masks:
+        name = type(model.module).__name__
+        raise ValueError(f'--tta merges boxes only, and this {name} puts out masks: test it without --tta')
+
+
+def check_folder(option: str, folder: str, config: Config) -> None:
+    """Predictions bear the names of the images, so they may not go where the images or their labels are.
+
+    Raises:
+        ValueError: names both folders.
+    """
+    for _, dataset in leaf_datasets(config.test_dataloader.dataset, 'test_dataloader.dataset'):
+        for prefix in (dataset.get('data_prefix') or {'': ''}).values():
+            source, target = Path(dataset.get('data_root') or '', prefix), Path(folder).resolve()
+            if target == source.resolve() or (prefix and target.is_relative_to(source.resolve())):
+                raise ValueError(f'{option} {folder} would overwrite the inputs in {source}: choose another folder')
+
+
+def write_masks(config: Config, folder: str) -> None:
+    """Lets the evaluators that can write predictions do so."""
+    evaluator = config.test_evaluator
+    metrics = evaluator if isinstance(evaluator, (list, tuple)) else evaluator.get('metrics', [evaluator])
+    is_written = False
+    for metric in metrics:
+        known = inspect.signature(resolve_type(METRICS, metric.type, config.default_scope)).parameters
+        if 'output_dir' in known:
+            metric.update(output_dir=folder, **({'keep_results': True} if 'keep_results' in known else {}))
+            is_written = True
+    if not is_written:
+        raise ValueError(f'--out needs an evaluator with output_dir, such as IoUMetric; test_evaluator={evaluator}')
 
 
 def dump_detections(runner, path: str) -> None:
@@ -72,6 +121,10 @@ def main() -> None:
     is_detection = config.default_scope == 'mmdet'
     if args.out and is_detection and not args.out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out={args.out} must end in .pkl or .pickle for detection')
+    for option, target in (('--out', args.out), ('--show-dir', args.show_dir)):
+        if target:
+            check_target(option, target, [args.config, args.checkpoint])
+            check_folder(option, target, config)
     if '://' not in args.checkpoint:
         read_checkpoint(args.checkpoint)  # Says clearly what is wrong with it before anything is built.
     config.load_from = args.checkpoint
@@ -80,8 +133,10 @@ def main() -> None:
     if args.tta:
         augment_test_time(config)
     if args.out and not is_detection:
-        config.test_evaluator.update(output_dir=args.out, keep_results=True)
+        write_masks(config, args.out)
     runner = build_runner(config)
+    if args.tta:
+        check_merges_masks(runner)
     if args.out and is_detection:
         dump_detections(runner, args.out)
     runner.test()
