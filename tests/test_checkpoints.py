@@ -11,7 +11,7 @@ from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
 from safetensors.torch import save_file
 
 from e3va_mm.checkpoints.errors import CheckpointMismatchError, DamagedCheckpointError
-from e3va_mm.checkpoints.files import latest_checkpoint, mark_fresh_run, publish, read_checkpoint, unpublish
+from e3va_mm.checkpoints.files import check_fits, latest_checkpoint, mark_fresh_run, publish, read_checkpoint, unpublish
 
 
 def pretrained(weights, **options):
@@ -350,6 +350,30 @@ def test_publish_and_back(model, weights, tmp_path):
         assert torch.equal(fresh(IMAGES)[0], model(IMAGES)[0])
         assert loaded['meta']['cfg'] == 'model = 1'
         assert loaded['meta']['dataset_meta']['classes'] == ['a', 'b']
+
+
+def test_publish_tied_weights(tmp_path):
+    """As detection heads have them, where levels share their convolutions."""
+    whole = torch.arange(6.0)
+    tied = {'head.0.weight': whole, 'head.1.weight': whole, 'head.2.weight': whole[:3]}
+    torch.save({'state_dict': {'base_fingerprint': torch.zeros(1), **tied}}, tmp_path / 'iter_1.pth')
+    publish(tmp_path / 'iter_1.pth', tmp_path / 'adapter.safetensors')
+    state = read_checkpoint(tmp_path / 'adapter.safetensors')['state_dict']
+    assert all(torch.equal(state[key], value) for key, value in tied.items())
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_check_fits(prefix):
+    model = torch.nn.Linear(3, 2)
+    state = {f'{prefix}{key}': value for key, value in model.state_dict().items()}
+    check_fits(model, {'state_dict': state})
+    check_fits(model, {'state_dict': {**state, 'foreign': torch.zeros(1)}})  # A stock model may leave keys out.
+    state[f'{prefix}weight'] = torch.zeros(4, 3)
+    with pytest.raises(CheckpointMismatchError, match=r"1 keys of another shape \['weight \(4, 3\), .* \(2, 3\)"):
+        check_fits(model, {'state_dict': state})
+    model.register_buffer('base_fingerprint', torch.zeros(1))
+    with pytest.raises(CheckpointMismatchError, match=r"1 keys missing \['base_fingerprint'\]"):
+        check_fits(model, {'state_dict': state})
 
 
 def test_safetensors_of_others(tmp_path):

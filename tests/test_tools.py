@@ -233,6 +233,21 @@ def test_bad_checkpoints(trained_seg, seg_config, tmp_path, error_of):
         assert re.search(message, error_of('tools/test.py', seg_config, path, '--work-dir', tmp_path)), path
 
 
+def test_a_head_of_other_classes(trained_seg, seg_config, shapes, tmp_path, error_of):
+    options = ['--cfg-options', 'model.decode_head.num_classes=7', 'model.auxiliary_head.num_classes=7']
+    message = r'4 keys of another shape .*decode_head.conv_seg.weight \(6, 16, 1, 1\), in the model \(7, 16, 1, 1\)'
+    whole = trained_seg[0] / 'iter_4.pth'
+    checkpoint = torch.load(whole, weights_only=True)
+    checkpoint['state_dict'] = {f'module.{key}': value for key, value in checkpoint['state_dict'].items()}
+    torch.save(checkpoint, tmp_path / 'ddp.pth')
+    for path in (whole, tmp_path / 'ddp.pth'):
+        error = error_of('tools/test.py', seg_config, path, '--work-dir', tmp_path, *options)
+        assert re.search(message, error), error
+    image = shapes / 'images/val/0000.png'
+    error = error_of('tools/infer.py', image, seg_config, whole, '--out-dir', tmp_path, *options)
+    assert re.search(message, error), error
+
+
 def test_bad_inputs(seg_config, tmp_path, error_of):
     expectations = {
         'model.backbone.adapter.rank=0': 'adapter.rank must be an integer of at least 1, got 0',

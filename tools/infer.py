@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import VISUALIZERS, init_default_scope
 
 import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
-from e3va_mm.checkpoints.files import read_checkpoint
+from e3va_mm.checkpoints.files import check_fits, read_checkpoint
 from e3va_mm.checks import check_target
 from e3va_mm.launch import set_scope
 
@@ -66,10 +66,11 @@ def main() -> None:
     targets = targets_of(images, args.out_dir)
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options or {})
-    read_checkpoint(args.checkpoint)  # Says clearly what is wrong with it before anything is built.
+    checkpoint = read_checkpoint(args.checkpoint)  # Says clearly what is wrong with it before anything is built.
     set_scope(config)
     init_default_scope(config.default_scope)
     model, infer = load_model(config, args.checkpoint, args.device)
+    check_fits(model, checkpoint)
     visualizer = VISUALIZERS.build({**config.visualizer, 'alpha': 0.5})
     visualizer.dataset_meta = model.dataset_meta
     options = {'pred_score_thr': args.score_thr} if config.default_scope == 'mmdet' else {'with_labels': False}

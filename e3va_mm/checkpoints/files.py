@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner.checkpoint import CheckpointLoader, get_state_dict, load_from_local
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from .errors import DamagedCheckpointError
+from .errors import CheckpointMismatchError, DamagedCheckpointError
 from .fingerprint import FINGERPRINT
 
 # What reading a file raises that is damaged, or not what it should be.
@@ -135,6 +137,32 @@ def _step(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def check_fits(model: nn.Module, checkpoint: dict) -> None:
+    """Compares a checkpoint with the whole model; mmengine only logs what does not fit.
+
+    Raises:
+        CheckpointMismatchError: a shape differs or, where the model has a wrapped backbone, a key.
+    """
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    expected = get_state_dict(model)
+    # Saved by plain DDP, keys have a prefix that mmengine strips after this check.
+    given = {key.removeprefix('module.'): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
+    differences = {
+        'of another shape': [
+            f'{key} {tuple(given[key].shape)}, in the model {tuple(value.shape)}'
+            for key, value in expected.items()
+            if key in given and given[key].shape != value.shape
+        ]
+    }
+    if any(key.endswith(FINGERPRINT) for key in expected):
+        differences['missing'] = sorted(expected.keys() - given.keys())
+        differences['foreign'] = sorted(given.keys() - expected.keys())
+    listed = [f'{len(keys)} keys {what} {keys[:5]}' for what, keys in differences.items() if keys]
+    if listed:
+        raise CheckpointMismatchError(f'the checkpoint does not fit the model: {", ".join(listed)}')
+
+
 def to_plain(value):
     """``value`` with NumPy types and mmengine's HistoryBuffers as tensors and numbers, which load as weights only."""
     if isinstance(value, HistoryBuffer):
@@ -176,7 +204,8 @@ def publish(checkpoint: str | Path, target: str | Path) -> None:
         'config': meta.get('cfg', ''),
         'dataset_meta': json.dumps(to_plain(meta.get('dataset_meta')), default=list),
     }
-    save_file({key: value.contiguous() for key, value in state.items()}, target, metadata)
+    # Heads may have one tensor under several keys, which safetensors refuses: each key gets a copy.
+    save_file({key: value.contiguous().clone() for key, value in state.items()}, target, metadata)
 
 
 def unpublish(published: str | Path, target: str | Path) -> None:

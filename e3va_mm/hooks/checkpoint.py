@@ -11,15 +11,12 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner.base_loop import BaseLoop
-from mmengine.runner.checkpoint import get_state_dict
 
 from ..checkpoints.errors import CheckpointMismatchError
-from ..checkpoints.files import mark_fresh_run, restore_history, to_plain
-from ..checkpoints.fingerprint import FINGERPRINT
+from ..checkpoints.files import check_fits, mark_fresh_run, restore_history, to_plain
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -69,8 +66,8 @@ class AdapterCheckpointHook(CheckpointHook):
     - It holds tensors, numbers and strings alone, so that ``torch.load(..., weights_only=True)`` reads it.
     - It holds the state of the random number generators, so that resuming repeats the uninterrupted run to the bit
       on the CPU (with ``num_workers=0``: worker processes restart with their own seeds).
-    - Resuming or testing an adapter raises when any key of the model is missing or foreign, heads included; resuming,
-      when the optimizer's parameter groups are others.
+    - Resuming or testing raises when a tensor has another shape than the model's and, for an adapter, when any key is
+      missing or foreign, heads included; resuming, when the optimizer's parameter groups are others.
     """
 
     _random_state: dict | None = None
@@ -113,24 +110,10 @@ class AdapterCheckpointHook(CheckpointHook):
         restore_history(checkpoint.get('message_hub', {}))
         # In a test run the training loop is never built; a `load_from` in training may change the head.
         if runner._resume or not isinstance(runner._train_loop, BaseLoop):
-            _check_all_keys(runner.model, checkpoint.get('state_dict', checkpoint))
+            check_fits(runner.model, checkpoint)
         if runner._resume:
             _check_param_groups(runner.optim_wrapper, checkpoint.get('optimizer', {}))
             self._random_state = checkpoint.get('random_state')
-
-
-def _check_all_keys(model, state_dict: dict) -> None:
-    while is_model_wrapper(model) or type(model).__name__.endswith('TTAModel'):
-        model = model.module
-    expected = get_state_dict(model).keys()
-    if not any(key.endswith(FINGERPRINT) for key in expected):
-        return
-    missing, foreign = sorted(expected - state_dict.keys()), sorted(state_dict.keys() - expected)
-    if missing or foreign:
-        raise CheckpointMismatchError(
-            f'the checkpoint does not fit the model: {len(missing)} keys missing {missing[:5]}, '
-            f'{len(foreign)} keys foreign {foreign[:5]}'
-        )
 
 
 def _check_param_groups(optim_wrapper, state: dict) -> None:
