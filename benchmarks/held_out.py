@@ -23,7 +23,7 @@ def hold_out(config: str, fold: int = FOLDS[-1]) -> list[str]:
     """Writes the two parts as annotation files into ``held_out`` in the data set's folder.
 
     Args:
-        config: path of a config, in the repository or absolute; its training data are a BaseSegDataset, VOCDataset or
+        config: path of a config, in the repository or absolute; its training data are a BaseSegDataset, XMLDataset or
             CocoDataset.
         fold: which fifth is held out.
 
@@ -87,6 +87,6 @@ _PARTS = {
     'BaseSegDataset': lambda dataset, root, fold: _parts_of_names(
         [path.stem for path in (root / dataset.data_prefix.img_path).iterdir()], fold
     ),
-    'VOCDataset': lambda dataset, root, fold: _parts_of_names((root / dataset.ann_file).read_text().split(), fold),
+    'XMLDataset': lambda dataset, root, fold: _parts_of_names((root / dataset.ann_file).read_text().split(), fold),
     'CocoDataset': _parts_of_coco,
 }

@@ -11,7 +11,8 @@ import torch
 import yaml
 from conftest import ROOT, timm_features
 from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import METRICS as METRIC_TYPES
 
 CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.parent.name != '_base_')
 WIDTHS = [12, 24, 48, 96]
@@ -83,6 +84,19 @@ def test_an_e3va_config_becomes_a_frozen_one_on_the_command_line(name):
         config.merge_from_dict({'model.backbone.type': 'TunedBackbone', 'model.backbone.method.type': 'Frozen'})
         frozen = Config.fromfile(path.with_name(path.name.replace('e3va-', 'frozen-')))
         assert config.to_dict() == frozen.to_dict()
+
+
+def test_bccd_is_evaluated_under_its_own_class_names(monkeypatch):
+    from mmdet.evaluation.metrics import voc_metric
+
+    tables = []
+    monkeypatch.setattr(voc_metric, 'eval_map', lambda *_, dataset, **__: tables.append(dataset) or (0.0, []))
+    config = Config.fromfile(ROOT / 'configs/bccd/retinanet_e3va-swin-nano_fpn_1xb8-400_bccd.py')
+    init_default_scope('mmdet')
+    metric = METRIC_TYPES.build(config.val_evaluator)
+    metric.dataset_meta = DATASETS.build({**config.val_dataloader.dataset, 'lazy_init': True}).metainfo
+    metric.compute_metrics([(None, None)])
+    assert set(tables) == {('RBC', 'WBC', 'Platelets')}
 
 
 METAFILES = sorted((ROOT / 'configs').glob('*/metafile.yml'))

@@ -1,5 +1,6 @@
 """Hooks inside a real Runner on a toy model."""
 
+import copy
 import json
 import os
 
@@ -13,12 +14,12 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, HOOKS, MODELS
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from e3va_mm.checkpoints.errors import CheckpointMismatchError
 from e3va_mm.checkpoints.files import latest_checkpoint, restore_history, to_plain
 from e3va_mm.hooks.amp import Float32OpsHook
-from e3va_mm.hooks.report import count_parameters, format_table
+from e3va_mm.hooks.report import ResourceReportHook, count_parameters, format_table
 
 
 @MODELS.register_module()
@@ -64,7 +65,7 @@ class LossLog(Hook):
             raise KeyboardInterrupt
 
 
-def run(work_dir, log, die_at=None, resume=False, paramwise_cfg=None, **checkpoint):
+def run(work_dir, log, die_at=None, resume=False, paramwise_cfg=None, max_iters=8, **checkpoint):
     config = Config(
         dict(
             model=dict(type='ToyModel'),
@@ -75,7 +76,7 @@ def run(work_dir, log, die_at=None, resume=False, paramwise_cfg=None, **checkpoi
                 num_workers=0,
                 sampler=dict(type='InfiniteSampler', shuffle=True),
             ),
-            train_cfg=dict(type='IterBasedTrainLoop', max_iters=8),
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=max_iters),
             optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01), paramwise_cfg=paramwise_cfg),
             param_scheduler=[dict(type='PolyLR', end=8, by_epoch=False)],
             default_hooks=dict(
@@ -91,7 +92,7 @@ def run(work_dir, log, die_at=None, resume=False, paramwise_cfg=None, **checkpoi
             resume=resume,
             load_from=str(latest_checkpoint(work_dir)) if resume else None,
             randomness=dict(seed=0),
-            experiment_name=f'{work_dir}_{die_at}_{resume}'.replace('/', '_'),
+            experiment_name=f'{work_dir}_{die_at}_{resume}_{max_iters}'.replace('/', '_'),
         )
     )
     runner = Runner.from_cfg(config)
@@ -187,6 +188,25 @@ def test_report(tmp_path):
     assert len(history) == 8 and (np.diff(history) >= 0).all()
 
 
+def test_batch_size_of_a_batch_sampler(tmp_path):
+    """As detection configs group images by their aspect ratio: the loader itself then has no batch size."""
+    runner = run(tmp_path, tmp_path / 'log.txt')
+    data = runner.train_dataloader.dataset
+    sampler = BatchSampler(SequentialSampler(data), batch_size=4, drop_last=False)
+    runner._train_loop.dataloader = DataLoader(data, batch_sampler=sampler)
+    for report in (hook for hook in runner.hooks if isinstance(hook, ResourceReportHook)):
+        report.after_train(runner)
+    assert json.loads((tmp_path / 'run_report.json').read_text())['batch_size'] == 4
+
+
+@pytest.mark.parametrize('max_iters', [8, 10])
+def test_resuming_past_the_schedule_says_so(tmp_path, max_iters):
+    run(tmp_path, tmp_path / 'log.txt')
+    run(tmp_path, tmp_path / 'log.txt', resume=True, max_iters=max_iters)
+    log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert ('param_scheduler of the checkpoint ends at 8: ' in log) == (max_iters > 8)
+
+
 def test_parameter_table():
     table = format_table(count_parameters(ToyModel())).splitlines()
     assert table[1].split() == ['backbone', '0', '6', '0.00']
@@ -213,8 +233,34 @@ class RoIAlign(nn.Module):
         return features * rois
 
 
+class MultiScaleDeformableAttention(nn.Linear):
+    """Stands for mmcv's: a matrix, then a kernel that knows no bfloat16."""
+
+    def forward(self, query):
+        values = super().forward(query)
+        assert values.dtype == torch.float32
+        return values
+
+
+class Deformed(MultiScaleDeformableAttention):
+    """A subclass needs it as well."""
+
+
 def test_float32_ops():
-    model = nn.Sequential(RoIAlign())
+    model = nn.ModuleList([RoIAlign(), Deformed(3, 3)])
     Float32OpsHook().before_train(type('Runner', (), {'model': model}))
     half = torch.ones(2, 3, dtype=torch.bfloat16)
-    assert model[0](half, rois=torch.ones(2, 3)).dtype == torch.bfloat16
+    for align, attend in (model, copy.deepcopy(model)):
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert align(half, rois=torch.ones(2, 3)).dtype == torch.bfloat16
+            assert attend(half).dtype == attend(query=half).dtype == torch.bfloat16
+        # Validation runs without autocast.
+        assert align(half.float(), rois=torch.ones(2, 3)).dtype == attend(half.float()).dtype == torch.float32
+
+
+def test_a_copy_runs_its_own_weights():
+    model = nn.ModuleList([Deformed(3, 3)])
+    Float32OpsHook().before_train(type('Runner', (), {'model': model}))
+    clone = copy.deepcopy(model)
+    nn.init.zeros_(clone[0].weight)
+    assert torch.equal(clone[0](torch.ones(1, 3))[0], clone[0].bias)

@@ -18,7 +18,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner.checkpoint import CheckpointLoader, get_state_dict, load_from_local
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import CheckpointMismatchError, DamagedCheckpointError
 from .fingerprint import FINGERPRINT
@@ -152,7 +152,7 @@ def check_fits(model: nn.Module, checkpoint: dict) -> None:
         'of another shape': [
             f'{key} {tuple(given[key].shape)}, in the model {tuple(value.shape)}'
             for key, value in expected.items()
-            if key in given and given[key].shape != value.shape
+            if isinstance(given.get(key), Tensor) and given[key].shape != value.shape
         ]
     }
     if any(key.endswith(FINGERPRINT) for key in expected):

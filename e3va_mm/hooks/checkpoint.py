@@ -78,7 +78,9 @@ class AdapterCheckpointHook(CheckpointHook):
             self.backend_args = dict(backend='AtomicLocalBackend')
         super().before_train(runner)
         self.file_backend = _DelayedRemoval(self.file_backend)
-        if is_main_process() and not runner._resume:
+        if runner._resume:
+            _warn_of_ended_schedule(runner)
+        elif is_main_process():
             mark_fresh_run(runner.work_dir)
         _seed_privately(runner.train_dataloader)
         if self._random_state:
@@ -128,6 +130,21 @@ def _check_param_groups(optim_wrapper, state: dict) -> None:
             f"the checkpoint's optimizer has {sum(saved)} parameters in {len(saved)} groups, this run's {sum(own)} in "
             f'{len(own)}: resume with the optim_wrapper.constructor and paramwise_cfg that it was trained with, '
             'or take load_from in place of resume for a fresh optimizer'
+        )
+
+
+def _warn_of_ended_schedule(runner) -> None:
+    """A checkpoint brings the ends of its schedulers along, whatever ``param_scheduler`` says now."""
+    schedulers = runner.param_schedulers
+    if not schedulers or not isinstance(schedulers, list) or runner.iter >= runner.max_iters:
+        return
+    has_ended = all(scheduler._global_step >= scheduler.end for scheduler in schedulers)
+    # A schedule that has but a warm-up goes on at the full rate.
+    if has_ended and all(group['lr'] < group['initial_lr'] for group in runner.optim_wrapper.param_groups):
+        runner.logger.warning(
+            f'the param_scheduler of the checkpoint ends at {max(scheduler.end for scheduler in schedulers)}: this run '
+            f'goes on at the last learning rate, {runner.optim_wrapper.get_lr()["lr"]}. For another schedule, take '
+            'load_from in place of resume'
         )
 
 

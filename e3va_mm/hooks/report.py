@@ -116,7 +116,7 @@ class ResourceReportHook(Hook):
             'device': torch.cuda.get_device_name() if cuda else 'cpu',
             'num_devices': runner.world_size,
             'torch': torch.__version__,
-            'batch_size': runner.train_dataloader.batch_size,
+            'batch_size': getattr(runner.train_dataloader.batch_sampler, 'batch_size', None),
             'num_steps': len(self.step_seconds),
             'peak_memory_mib': round(peak_bytes / MIB, 1),
             'peak_memory_kind': 'cuda allocated' if cuda else 'process resident set',

@@ -21,7 +21,7 @@ test_pipeline = [
 ]
 train_dataloader = dict(
     dataset=dict(
-        type='VOCDataset',
+        type='XMLDataset',
         metainfo=metainfo,
         data_root=data_root,
         ann_file='VOC2007/ImageSets/Main/train.txt',
@@ -31,7 +31,7 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     dataset=dict(
-        type='VOCDataset',
+        type='XMLDataset',
         metainfo=metainfo,
         data_root=data_root,
         ann_file='VOC2007/ImageSets/Main/val.txt',
