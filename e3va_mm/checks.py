@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -65,5 +68,22 @@ def check_options(option: str, given, known: Sequence[str]) -> dict:
         raise ValueError(f'{option} must be a dict with options of {list(known)}, or None, got {given!r}')
     unknown = sorted(set(given or {}) - set(known))
     if unknown:
-        raise ValueError(f'unknown option {unknown} in {option}={dict(given)}; known are {list(known)}')
+        found = ', '.join(f'{key}={given[key]!r}' for key in unknown)
+        near = [name for key in unknown for name in difflib.get_close_matches(key, known, 1)]
+        hint = f'did you mean {near}? ' if near else ''
+        raise ValueError(f'unknown option {unknown} in {option} ({found}); {hint}known are {list(known)}')
     return dict(given or {})
+
+
+def checks_options(cls: type) -> type:
+    """Class decorator: an option that the constructor does not have raises as in :func:`check_options`."""
+    construct = cls.__init__
+    known = list(inspect.signature(construct).parameters)[1:]
+
+    @functools.wraps(construct)
+    def checked(self, *args, **options) -> None:
+        check_options(cls.__name__, options, known)
+        construct(self, *args, **options)
+
+    cls.__init__ = checked
+    return cls

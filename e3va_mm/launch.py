@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import logging
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.hooks import CheckpointHook
-from mmengine.model import MMDistributedDataParallel
+from mmengine.logging import print_log
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, RUNNERS, Registry
 from mmengine.runner import Runner
@@ -23,10 +25,14 @@ SCOPES = ('mmseg', 'mmdet')
 
 @MODEL_WRAPPERS.register_module()
 class CPUDistributedDataParallel(MMDistributedDataParallel):
-    """mmengine's DDP wrapper without the device ids that it always passes, and that torch refuses on the CPU."""
+    """mmengine's DDP wrapper without the device ids that it always passes, and without SyncBN: torch refuses both."""
 
     def __init__(self, module, device_ids=None, **kwargs) -> None:
-        super().__init__(module, **kwargs)
+        # torch's and mmcv's have the same name.
+        if any(type(layer).__name__ == 'SyncBatchNorm' for layer in module.modules()):
+            message = 'SyncBN needs GPUs: on CPUs it becomes BN, and each process has the statistics of its own images'
+            print_log(message, logger='current', level=logging.WARNING)
+        super().__init__(revert_sync_batchnorm(module), **kwargs)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -289,3 +289,10 @@ def test_frozen_method():
 def test_bad_options(config, error, message):
     with pytest.raises(error, match=message):
         MODELS.build(dict(dict(type='E3VABackbone', backbone=swin()), **config))
+
+
+@pytest.mark.parametrize('wrapper', [dict(type='E3VABackbone'), dict(type='TunedBackbone', method=dict(type='Full'))])
+def test_a_misspelt_option_names_the_nearest(wrapper):
+    message = r"unknown option \['frozen_dtpye'\] in \w+ \(frozen_dtpye='auto'\); did you mean \['frozen_dtype'\]"
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(dict(wrapper, backbone=swin(), frozen_dtpye='auto'))

@@ -6,7 +6,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..checks import check_options, check_positive
+from ..checks import check_options, check_positive, checks_options
 from ..families.base import listen
 from ..families.first_pass import FirstPass
 from ..highway.highway import Highway, HighwayPass, HighwayStage
@@ -17,6 +17,7 @@ _SAVED_DTYPES = {None: None, 'bfloat16': torch.bfloat16, 'float8_e4m3fn': torch.
 
 
 @MODELS.register_module()
+@checks_options
 class E3VABackbone(FrozenBackbone):
     """A frozen backbone with a trainable highway beside it; the loss gradient enters no backbone block (by default).
 

@@ -7,12 +7,14 @@ import copy
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..checks import checks_options
 from ..methods import build_method
 from ..methods.peft_methods import PEFT, merge
 from .base import FrozenBackbone
 
 
 @MODELS.register_module()
+@checks_options
 class TunedBackbone(FrozenBackbone):
     """A stock backbone under a comparison method.
 
