@@ -81,17 +81,23 @@ def check_merges_masks(runner) -> None:
         raise ValueError(f'--tta merges boxes only, and this {name} puts out masks: test it without --tta')
 
 
-def check_folder(option: str, folder: str, config: Config) -> None:
+def check_outputs(config: Config, args: argparse.Namespace) -> None:
     """Predictions bear the names of the images, so they may not go where the images or their labels are.
 
     Raises:
-        ValueError: names both folders.
+        ValueError: names both places.
     """
+    folders = []
     for _, dataset in leaf_datasets(config.test_dataloader.dataset, 'test_dataloader.dataset'):
-        for prefix in (dataset.get('data_prefix') or {'': ''}).values():
-            source, target = Path(dataset.get('data_root') or '', prefix), Path(folder).resolve()
-            if target == source.resolve() or (prefix and target.is_relative_to(source.resolve())):
-                raise ValueError(f'{option} {folder} would overwrite the inputs in {source}: choose another folder')
+        prefixes = (dataset.get('data_prefix') or {'': ''}).values()
+        folders += [(Path(dataset.get('data_root') or '', prefix).resolve(), prefix) for prefix in prefixes]
+    for option, target in (('--out', args.out), ('--show-dir', args.show_dir)):
+        if target:
+            check_target(option, target, [args.config, args.checkpoint, *(folder for folder, _ in folders)])
+            # Without a prefix, the folder is the data set's own, and holds others besides images.
+            inside = [folder for folder, prefix in folders if prefix and Path(target).resolve().is_relative_to(folder)]
+            if inside:
+                raise ValueError(f'{option} {target} would overwrite the inputs in {inside[0]}: choose another folder')
 
 
 def write_masks(config: Config, folder: str) -> None:
@@ -121,10 +127,7 @@ def main() -> None:
     is_detection = config.default_scope == 'mmdet'
     if args.out and is_detection and not args.out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out={args.out} must end in .pkl or .pickle for detection')
-    for option, target in (('--out', args.out), ('--show-dir', args.show_dir)):
-        if target:
-            check_target(option, target, [args.config, args.checkpoint])
-            check_folder(option, target, config)
+    check_outputs(config, args)
     if '://' not in args.checkpoint:
         read_checkpoint(args.checkpoint)  # Says clearly what is wrong with it before anything is built.
     config.load_from = args.checkpoint
