@@ -18,6 +18,7 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, RUNNERS, Registry
 from mmengine.runner import Runner
 
+from .checkpoints.files import read_weights_only
 from .checks import check_count
 
 SCOPES = ('mmseg', 'mmdet')
@@ -55,6 +56,7 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         FileNotFoundError, ValueError: the config or the toolbox it asks for is missing.
     """
+    read_weights_only()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if not Path(args.config).is_file():
         raise FileNotFoundError(f'config {args.config} does not exist')

@@ -111,6 +111,24 @@ def test_resume_is_bitwise(tmp_path):
     assert (tmp_path / 'resumed.txt').read_text().splitlines() == whole[4:]
 
 
+def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    forward, calls = ToyModel.forward, []
+
+    def diverging(self, inputs, mode='tensor'):
+        calls.append(mode)
+        outputs = forward(self, inputs, mode)
+        return {name: loss * float('nan') for name, loss in outputs.items()} if len(calls) == 5 else outputs
+
+    monkeypatch.setattr(ToyModel, 'forward', diverging)
+    with pytest.raises(
+        FloatingPointError, match=r"\['loss'\] have not been finite for 50 steps, up to step 54; .*iter_4"
+    ):
+        run(tmp_path, tmp_path / 'log.txt', max_iters=100, max_keep_ckpts=1)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_4.pth']
+    good = torch.load(latest_checkpoint(tmp_path), weights_only=True)['state_dict']
+    assert all(value.isfinite().all() for value in good.values())
+
+
 def test_resume_with_other_parameter_groups_says_so(tmp_path):
     run(tmp_path, tmp_path / 'log.txt')
     with pytest.raises(

@@ -210,6 +210,8 @@ def error_of(monkeypatch):
     def run(name, *arguments) -> str:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        # The tools set it for their process, which is this one here.
+        monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
         with pytest.raises(Exception) as raised:
             runpy.run_path(name, run_name='__main__')
         return str(raised.value)
@@ -229,6 +231,34 @@ def test_bad_checkpoints(trained_seg, seg_config, tmp_path, error_of):
     }
     for path, message in expectations.items():
         assert re.search(message, error_of('tools/test.py', seg_config, path, '--work-dir', tmp_path)), path
+
+
+class Boom:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), 'w'))
+
+
+def test_no_file_of_a_stock_module_runs_code(trained_seg, seg_config, shapes, tmp_path, error_of):
+    """mmengine's loader, which reads an init_cfg of a head, would fall back to running it."""
+    torch.save({'state_dict': Boom(tmp_path / 'boom.txt')}, tmp_path / 'evil.pth')
+    head = [f'model.decode_head.init_cfg.{key}' for key in (f'checkpoint={tmp_path / "evil.pth"}', 'type=Pretrained')]
+    assert 'weights_only' in error_of('tools/train.py', seg_config, '--work-dir', tmp_path, '--cfg-options', *head)
+    checkpoint = torch.load(trained_seg[0] / 'iter_4.pth', weights_only=True)
+    torch.save({**checkpoint, 'message_hub': Boom(tmp_path / 'boom.txt')}, tmp_path / 'evil.pth')
+    image = shapes / 'images/val/0000.png'
+    for name, arguments in {
+        'tools/test.py': [seg_config, tmp_path / 'evil.pth', '--work-dir', tmp_path],
+        'tools/train.py': [seg_config, '--resume', tmp_path / 'evil.pth', '--work-dir', tmp_path],
+        'tools/infer.py': [image, seg_config, tmp_path / 'evil.pth', '--out-dir', tmp_path],
+        'tools/publish_adapter.py': [tmp_path / 'evil.pth', tmp_path / 'evil.safetensors'],
+    }.items():
+        assert 'unsafe to load: it holds io.open' in error_of(name, *arguments), name
+    assert not (tmp_path / 'boom.txt').exists()
 
 
 def test_a_head_of_other_classes(trained_seg, seg_config, shapes, tmp_path, error_of):

@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import VISUALIZERS, init_default_scope
 
 import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
-from e3va_mm.checkpoints.files import check_fits, read_checkpoint
+from e3va_mm.checkpoints.files import check_fits, read_checkpoint, read_weights_only
 from e3va_mm.checks import check_target
 from e3va_mm.launch import set_scope
 
@@ -62,6 +62,7 @@ def load_model(config: Config, checkpoint: str, device: str):
 
 def main() -> None:
     args = parse_args()
+    read_weights_only()
     images = find_images(args.image)
     targets = targets_of(images, args.out_dir)
     config = Config.fromfile(args.config)

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
 from e3va_mm.backbones.tuned import TunedBackbone
-from e3va_mm.checkpoints.files import read_checkpoint
+from e3va_mm.checkpoints.files import read_checkpoint, read_weights_only
 from e3va_mm.checks import check_target
 from e3va_mm.launch import set_scope
 
@@ -35,6 +35,7 @@ def weights_of(backbone: dict) -> list[str]:
 
 def main() -> None:
     args = parse_args()
+    read_weights_only()
     check_target('target', args.target, [args.config, args.checkpoint])
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options or {})

@@ -64,7 +64,7 @@ def weights_only() -> Iterator[None]:
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = '1'
     try:
-        with _mmengine_types():
+        with torch.serialization.safe_globals(_mmengine_types()):
             yield
     finally:
         os.environ.pop(_FORCE)
@@ -80,13 +80,19 @@ def reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _mmengine_types():
-    """Lets stock checkpoints load too: they hold NumPy arrays in mmengine's HistoryBuffer."""
+def read_weights_only() -> None:
+    """:func:`weights_only` for the rest of the process, which is a tool's: whatever a toolbox reads there, and when."""
+    os.environ[_FORCE] = '1'
+    torch.serialization.add_safe_globals(_mmengine_types())
+
+
+def _mmengine_types() -> list:
+    """With these, stock checkpoints load too: they hold NumPy arrays in mmengine's HistoryBuffer."""
     try:
         from mmengine.runner.checkpoint import get_torch_safe_globals
     except ImportError:
-        return contextlib.nullcontext()
-    return torch.serialization.safe_globals(get_torch_safe_globals())
+        return []
+    return get_torch_safe_globals()
 
 
 def latest_checkpoint(work_dir: str | Path, folder: str | Path | None = None) -> Path | str | None:

@@ -18,6 +18,9 @@ from mmengine.runner.base_loop import BaseLoop
 from ..checkpoints.errors import CheckpointMismatchError
 from ..checkpoints.files import check_fits, mark_fresh_run, restore_history, to_plain
 
+# Steps in a row: fewer can be the search for a loss scale, or a single damaged image.
+_MOST_NOT_FINITE = 50
+
 
 class AtomicLocalBackend(LocalBackend):
     """Local files that appear under their name only when they are whole."""
@@ -68,9 +71,12 @@ class AdapterCheckpointHook(CheckpointHook):
       on the CPU (with ``num_workers=0``: worker processes restart with their own seeds).
     - Resuming or testing raises when a tensor has another shape than the model's and, for an adapter, when any key is
       missing or foreign, heads included; resuming, when the optimizer's parameter groups are others.
+    - While the loss is not finite nothing is saved, so that good checkpoints stay; at 50 such steps in a row training
+      ends with a FloatingPointError.
     """
 
     _random_state: dict | None = None
+    _num_not_finite = 0
 
     def before_train(self, runner) -> None:
         is_local = '://' not in str(self.out_dir or runner.work_dir)
@@ -89,6 +95,22 @@ class AdapterCheckpointHook(CheckpointHook):
 
     def before_val(self, runner) -> None:
         _seed_privately(runner.val_dataloader)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        losses = _not_finite_losses(outputs)
+        self._num_not_finite = self._num_not_finite + 1 if losses else 0
+        if self._num_not_finite == _MOST_NOT_FINITE:
+            raise FloatingPointError(
+                f'{losses} have not been finite for {_MOST_NOT_FINITE} steps, up to step {runner.iter + 1}; the last '
+                f'checkpoint, {self.last_ckpt}, is from before. Try a smaller learning rate, or clip_grad'
+            )
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+
+    def _save_checkpoint(self, runner) -> None:
+        if self._num_not_finite:
+            runner.logger.warning('no checkpoint is saved here: the loss is not finite')
+        else:
+            super()._save_checkpoint(runner)
 
     def _save_checkpoint_with_step(self, runner, step, meta) -> None:
         super()._save_checkpoint_with_step(runner, step, meta)
@@ -116,6 +138,14 @@ class AdapterCheckpointHook(CheckpointHook):
         if runner._resume:
             _check_param_groups(runner.optim_wrapper, checkpoint.get('optimizer', {}))
             self._random_state = checkpoint.get('random_state')
+
+
+def _not_finite_losses(outputs: dict | None) -> list[str]:
+    """Names of those losses of a step that are not finite; none where their sum is."""
+    total = (outputs or {}).get('loss')
+    if total is None or torch.as_tensor(total).isfinite().all():
+        return []
+    return [name for name, value in outputs.items() if 'loss' in name and not torch.as_tensor(value).isfinite().all()]
 
 
 def _check_param_groups(optim_wrapper, state: dict) -> None:
