@@ -296,3 +296,10 @@ def test_a_misspelt_option_names_the_nearest(wrapper):
     message = r"unknown option \['frozen_dtpye'\] in \w+ \(frozen_dtpye='auto'\); did you mean \['frozen_dtype'\]"
     with pytest.raises(ValueError, match=message):
         MODELS.build(dict(wrapper, backbone=swin(), frozen_dtpye='auto'))
+
+
+def test_synchronised_norms_that_would_lose_their_activation():
+    model = e3va(timm_features('tf_efficientnet_lite0'))
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.raises(ValueError, match=r"sync_bn='torch' has replaced \d+ BatchNormAct2d of backbone, such as model"):
+        converted.train()

@@ -265,6 +265,13 @@ def test_read_checkpoint_names_what_is_wrong(tmp_path):
             read_checkpoint(whole)
 
 
+def test_weights_named_in_a_list_of_init_cfg(weights, model):
+    parts = [dict(type='TruncNormal', layer='Linear', std=0.02), dict(type='Pretrained', checkpoint=weights)]
+    listed = build(backbone=swin(init_cfg=parts))
+    listed.init_weights()
+    assert torch.equal(listed.base_fingerprint(), model.base_fingerprint())
+
+
 class Boom:
     def __reduce__(self):
         return (open, ('boom.txt', 'w'))

@@ -12,6 +12,7 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import initialize
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints.base_weights import load_base_weights, names_weights, reading, weights_source
 from ..checkpoints.errors import CheckpointMismatchError
@@ -75,6 +76,9 @@ class FrozenBackbone(BaseModule):
             path, _, base_name = name.partition('.')
             is_frozen = path == 'backbone' and base_name not in trained
             (self._frozen if is_frozen else self._trained).append(parameter.requires_grad_(not is_frozen))
+        # timm's, which have the activation in them.
+        norms = [(name, module) for name, module in self.backbone.named_modules() if isinstance(module, _BatchNorm)]
+        self._own_norms = {name: type(norm) for name, norm in norms if not type(norm).__module__.startswith('torch.')}
         self.hold_freeze()
         if self.frozen_dtype:
             self._reduce_matrices()
@@ -93,6 +97,17 @@ class FrozenBackbone(BaseModule):
             for parameter in parameters:
                 parameter.requires_grad_(requires_grad)
 
+    def _check_norms(self) -> None:
+        """``sync_bn='torch'`` puts plain norms in the place of subclasses, and loses what these do beside."""
+        own = self._own_norms
+        replaced = [name for name in own if isinstance(self.backbone.get_submodule(name), nn.SyncBatchNorm)]
+        if replaced:
+            raise ValueError(
+                f"sync_bn='torch' has replaced {len(replaced)} {own[replaced[0]].__name__} of backbone, such as "
+                f'{replaced[0]}, by SyncBatchNorm, which computes something else: leave sync_bn out, and name SyncBN '
+                'in the norm_cfg of the heads'
+            )
+
     def _reduce_matrices(self) -> None:
         # Norms, scales and embeddings stay as they are: they are small, and with them the residual stream is in fp32.
         matrices = {
@@ -109,6 +124,7 @@ class FrozenBackbone(BaseModule):
         """Sets the mode of the trained part; the frozen part stays in eval (no dropout, fixed statistics)."""
         super().train(mode)
         self.hold_freeze()
+        self._check_norms()
         return self
 
     @contextlib.contextmanager

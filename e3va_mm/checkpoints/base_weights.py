@@ -35,7 +35,13 @@ def names_weights(backbone: nn.Module) -> bool:
     """Whether ``backbone`` has weights to load: those of its ``init_cfg``, or what it loads by itself."""
     if hasattr(backbone, 'load_weights'):
         return backbone.names_weights
-    return bool(backbone.init_cfg) and 'checkpoint' in backbone.init_cfg
+    return _pretrained(backbone) is not None
+
+
+def _pretrained(backbone: nn.Module) -> dict | None:
+    """The part of a stock ``init_cfg``, a dict or a list of them, that names weights."""
+    parts = backbone.init_cfg if isinstance(backbone.init_cfg, (list, tuple)) else [backbone.init_cfg]
+    return next((part for part in parts if part and 'checkpoint' in part), None)
 
 
 def weights_source(backbone: nn.Module) -> str:
@@ -62,8 +68,9 @@ def load_base_weights(backbone: nn.Module, optional: set[str]) -> None:
     if hasattr(backbone, 'load_weights'):
         backbone.load_weights()
         return
-    source = f'backbone.init_cfg.checkpoint={backbone.init_cfg["checkpoint"]!r}'
-    weights = read_weights(backbone, backbone.init_cfg['checkpoint'], source, backbone.init_cfg.get('prefix'))
+    config = _pretrained(backbone)
+    source = f'backbone.init_cfg.checkpoint={config["checkpoint"]!r}'
+    weights = read_weights(backbone, config['checkpoint'], source, config.get('prefix'))
     tensors = named_tensors(backbone)
     required = [
         name
@@ -86,11 +93,12 @@ def load_base_weights(backbone: nn.Module, optional: set[str]) -> None:
 def _load_by_stock(backbone: nn.Module, weights: dict[str, Tensor], prefix: str, required: list[str]) -> list[str]:
     """Loads by the backbone's own ``init_weights``; returns what that did not find of the required."""
     tensors, config = named_tensors(backbone), backbone.init_cfg
+    named = _pretrained(backbone)
     with torch.no_grad():
         for name in required:
             tensors[name].fill_(torch.nan)
     # mmdet's loader reads init_cfg by attribute, which a plain dict has not.
-    backbone.init_cfg = ConfigDict(config, checkpoint=f'e3va-read://{config["checkpoint"]}')
+    backbone.init_cfg = ConfigDict(named, checkpoint=f'e3va-read://{named["checkpoint"]}')
     backbone.init_cfg.pop('prefix', None)
     _served.update({prefix + name: value for name, value in weights.items()})
     try:
