@@ -56,14 +56,8 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         FileNotFoundError, ValueError: the config or the toolbox it asks for is missing.
     """
-    read_weights_only()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if not Path(args.config).is_file():
-        raise FileNotFoundError(f'config {args.config} does not exist')
-    config = Config.fromfile(args.config)
-    if args.cfg_options:
-        config.merge_from_dict(args.cfg_options)
-    set_scope(config)
+    config = read_config(args.config, args.cfg_options)
     config.launcher = args.launcher
     config.work_dir = args.work_dir or config.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     _protect_checkpoints(config)
@@ -72,7 +66,22 @@ def load_config(args: argparse.Namespace) -> Config:
     return config
 
 
-def set_scope(config: Config) -> None:
+def read_config(path: str, options: dict | None) -> Config:
+    """A config with overrides and its toolbox; from here on, the process reads files of weights as weights only.
+
+    Raises:
+        FileNotFoundError, ValueError: the config or the toolbox it asks for is missing.
+    """
+    read_weights_only()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'config {path} does not exist')
+    config = Config.fromfile(path)
+    config.merge_from_dict(options or {})
+    _set_scope(config)
+    return config
+
+
+def _set_scope(config: Config) -> None:
     """Where the config has no ``default_scope``, as those in pure Python, takes the toolbox that its model is from.
 
     Raises:

@@ -10,9 +10,10 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import VISUALIZERS, init_default_scope
 
 import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
-from e3va_mm.checkpoints.files import check_fits, read_checkpoint, read_weights_only
+from e3va_mm.checkpoints.comparison import check_fits
+from e3va_mm.checkpoints.files import read_checkpoint
 from e3va_mm.checks import check_target
-from e3va_mm.launch import set_scope
+from e3va_mm.launch import read_config
 
 IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -62,13 +63,10 @@ def load_model(config: Config, checkpoint: str, device: str):
 
 def main() -> None:
     args = parse_args()
-    read_weights_only()
     images = find_images(args.image)
     targets = targets_of(images, args.out_dir)
-    config = Config.fromfile(args.config)
-    config.merge_from_dict(args.cfg_options or {})
+    config = read_config(args.config, args.cfg_options)
     checkpoint = read_checkpoint(args.checkpoint)  # Says clearly what is wrong with it before anything is built.
-    set_scope(config)
     init_default_scope(config.default_scope)
     model, infer = load_model(config, args.checkpoint, args.device)
     check_fits(model, checkpoint)

@@ -7,7 +7,8 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from e3va_mm.checkpoints.files import latest_checkpoint, read_checkpoint
+from e3va_mm.checkpoints.files import read_checkpoint
+from e3va_mm.checkpoints.latest import latest_checkpoint
 from e3va_mm.launch import (
     add_common_arguments,
     build_runner,

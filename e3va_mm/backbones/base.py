@@ -14,9 +14,11 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoints.base_weights import load_base_weights, names_weights, reading, weights_source
+from ..checkpoints.base_weights import load_base_weights, names_weights, weights_source
+from ..checkpoints.comparison import check_same
 from ..checkpoints.errors import CheckpointMismatchError
 from ..checkpoints.fingerprint import FINGERPRINT, describe_difference, fingerprint, frozen_tensors, named_tensors
+from ..checkpoints.reader import reading
 from ..checks import check_choice
 from ..families.custom import CustomFamily
 from ..families.registry import find_family, supported_backbones
@@ -99,11 +101,11 @@ class FrozenBackbone(BaseModule):
 
     def _check_norms(self) -> None:
         """``sync_bn='torch'`` puts plain norms in the place of subclasses, and loses what these do beside."""
-        own = self._own_norms
-        replaced = [name for name in own if isinstance(self.backbone.get_submodule(name), nn.SyncBatchNorm)]
+        norms = self._own_norms
+        replaced = [name for name in norms if isinstance(self.backbone.get_submodule(name), nn.SyncBatchNorm)]
         if replaced:
             raise ValueError(
-                f"sync_bn='torch' has replaced {len(replaced)} {own[replaced[0]].__name__} of backbone, such as "
+                f"sync_bn='torch' has replaced {len(replaced)} {norms[replaced[0]].__name__} of backbone, such as "
                 f'{replaced[0]}, by SyncBatchNorm, which computes something else: leave sync_bn out, and name SyncBN '
                 'in the norm_cfg of the heads'
             )
@@ -209,19 +211,7 @@ class FrozenBackbone(BaseModule):
     def _check_keys(self, given: dict[str, Tensor]) -> None:
         expected = self.state_dict()
         del expected[FINGERPRINT]
-        missing = [f'{key} is missing' for key in expected if key not in given]
-        foreign = [f'{key} is foreign' for key in given if key not in expected]
-        reshaped = [
-            f'{key} is {tuple(given[key].shape)} in the checkpoint, {tuple(value.shape)} in this model'
-            for key, value in expected.items()
-            if key in given and given[key].shape != value.shape
-        ]
-        num_problems = len(missing) + len(foreign) + len(reshaped)
-        if num_problems:
-            listed = '; '.join([*missing[:3], *foreign[:3], *reshaped[:3]])
-            raise CheckpointMismatchError(
-                f'the checkpoint does not fit this {type(self).__name__}, {num_problems} differences such as: {listed}'
-            )
+        check_same(expected, given, f'this {type(self).__name__}')
 
     def _check_base(self, found: Tensor | None) -> None:
         if found is None:

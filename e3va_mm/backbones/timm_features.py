@@ -10,8 +10,8 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..checkpoints.base_weights import describe_misfit, read_weights
 from ..checkpoints.errors import CheckpointMismatchError
+from ..checkpoints.reader import describe_misfit, read_weights
 from ..families.registry import find_timm_family, timm_modules
 from ..families.timm_base import TIMMFamily
 

@@ -1,10 +1,9 @@
-"""Reading, finding and publishing checkpoints: as weights only, and never trusting that a file is whole."""
+"""Reading and publishing checkpoints: as weights only, and never trusting that a file is whole."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import pickle
 import re
@@ -13,22 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer, print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner.checkpoint import CheckpointLoader, get_state_dict, load_from_local
+from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from .errors import CheckpointMismatchError, DamagedCheckpointError
+from .errors import DamagedCheckpointError
 from .fingerprint import FINGERPRINT
 
 # What reading a file raises that is damaged, or not what it should be.
 UNREADABLE = (RuntimeError, EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError)
 _FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 _EMBEDDED = Path(__file__).parents[1] / 'weights'
-# What `last_checkpoint` names until a run has saved its first one.
-_NONE_YET = 'no_checkpoint_yet'
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -93,80 +88,6 @@ def _mmengine_types() -> list:
     except ImportError:
         return []
     return get_torch_safe_globals()
-
-
-def latest_checkpoint(work_dir: str | Path, folder: str | Path | None = None) -> Path | str | None:
-    """The newest checkpoint that can be read, of the last run in ``work_dir``; None where it has none yet.
-
-    That is what ``last_checkpoint`` in ``work_dir`` names, or else the newest of those that the run saved before it.
-
-    Args:
-        work_dir: of the run.
-        folder: where its checkpoints are, if not in ``work_dir``.
-    """
-    pointer, folder = Path(work_dir, 'last_checkpoint'), Path(folder or work_dir)
-    named = pointer.read_text().strip() if pointer.is_file() else ''
-    if '://' in named:
-        return named
-    # Of a folder that was moved, the pointer still names the old place.
-    exact = [path for path in (Path(named), folder / Path(named).name) if path.is_file()][:1]
-    return next(filter(_is_readable, [*exact, *_saved_before(pointer, named, folder)]), None)
-
-
-def mark_fresh_run(work_dir: str | Path) -> None:
-    """From here on, what older runs left in ``work_dir`` is not what :func:`latest_checkpoint` looks for."""
-    Path(work_dir, 'last_checkpoint').write_text(_NONE_YET)
-
-
-def _saved_before(pointer: Path, named: str, folder: Path) -> list[Path]:
-    """Numbered checkpoints, newest first, without those that can only be an older run's."""
-    steps = {path: step for path in folder.glob('*.pth') if (step := _step(path)) is not None}
-    if named == _NONE_YET:
-        # A run may die between its first checkpoint and the note of it.
-        steps = {path: step for path, step in steps.items() if path.stat().st_mtime >= pointer.stat().st_mtime}
-    elif (last := _step(Path(named))) is not None:
-        steps = {path: step for path, step in steps.items() if step < last}
-    return sorted(steps, key=lambda path: (path.stat().st_mtime, steps[path]), reverse=True)
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        read_checkpoint(path)
-        return True
-    except DamagedCheckpointError as error:
-        print_log(f'{error}; trying the one before', logger='current', level=logging.WARNING)
-        return False
-
-
-def _step(path: Path) -> int | None:
-    match = re.fullmatch(r'(?:iter|epoch)_(\d+)', path.stem)
-    return int(match[1]) if match else None
-
-
-def check_fits(model: nn.Module, checkpoint: dict) -> None:
-    """Compares a checkpoint with the whole model; mmengine only logs what does not fit.
-
-    Raises:
-        CheckpointMismatchError: a shape differs or, where the model has a wrapped backbone, a key.
-    """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    expected = get_state_dict(model)
-    # Saved by plain DDP, keys have a prefix that mmengine strips after this check.
-    given = {key.removeprefix('module.'): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
-    differences = {
-        'of another shape': [
-            f'{key} {tuple(given[key].shape)}, in the model {tuple(value.shape)}'
-            for key, value in expected.items()
-            if isinstance(given.get(key), Tensor) and given[key].shape != value.shape
-        ]
-    }
-    if any(key.endswith(FINGERPRINT) for key in expected):
-        differences['missing'] = sorted(expected.keys() - given.keys())
-        differences['foreign'] = sorted(given.keys() - expected.keys())
-    listed = [f'{len(keys)} keys {what} {keys[:5]}' for what, keys in differences.items() if keys]
-    if listed:
-        raise CheckpointMismatchError(f'the checkpoint does not fit the model: {", ".join(listed)}')
 
 
 def to_plain(value):

@@ -71,7 +71,10 @@ class TapRecord:
         with torch.no_grad(), torch.autocast(tap.device.type, enabled=False):
             image, basis = self.reduced[self.num_taps], self._basis[self.num_taps]
             # What counts operations in a trace knows products of two arguments.
-            image.copy_(tokens @ basis) if torch.jit.is_tracing() else torch.mm(tokens, basis, out=image)
+            if torch.jit.is_tracing():
+                image.copy_(tokens @ basis)
+            else:
+                torch.mm(tokens, basis, out=image)
             if self.kept is not None:
                 self._keep(tokens)
         self.num_taps += 1

@@ -15,8 +15,10 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner.base_loop import BaseLoop
 
+from ..checkpoints.comparison import check_fits
 from ..checkpoints.errors import CheckpointMismatchError
-from ..checkpoints.files import check_fits, mark_fresh_run, restore_history, to_plain
+from ..checkpoints.files import restore_history, to_plain
+from ..checkpoints.latest import mark_fresh_run
 
 # Steps in a row: fewer can be the search for a loss scale, or a single damaged image.
 _MOST_NOT_FINITE = 50
@@ -29,11 +31,15 @@ class AtomicLocalBackend(LocalBackend):
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f'{path.name}.partial')
-        with open(partial, 'wb') as file:
-            file.write(obj)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            with open(partial, 'wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            # On a full disk, it would take the room that is left.
+            partial.unlink(missing_ok=True)
 
 
 register_backend('AtomicLocalBackend', AtomicLocalBackend, force=True)
