@@ -9,6 +9,7 @@ full, which takes the right to mount a tmpfs. On CPUs, with generated images; re
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -30,12 +31,12 @@ from e3va_mm.datasets.shapes import write_shapes
 CONFIG = 'configs/shapes/e3va-swin-nano_upernet_1xb8-600_shapes-96x96.py'
 SHORT = ['train_cfg.max_iters=16', 'train_cfg.val_interval=4', 'param_scheduler.1.end=32', 'randomness.seed=0']
 HOOK = 'default_hooks.checkpoint.'
-EMA = 'custom_hooks=[{"type":"EMAHook","momentum":0.1,"priority":"ABOVE_NORMAL"}]'
+EMA = ['custom_hooks.0.type=EMAHook', 'custom_hooks.0.momentum=0.1', 'custom_hooks.0.priority=ABOVE_NORMAL']
 KEEPS_ONE = [f'{HOOK}interval=2', f'{HOOK}max_keep_ckpts=1']
 SETTINGS = {
     'as it comes': [f'{HOOK}interval=2'],
     'keeps one, and the best': [*KEEPS_ONE, f'{HOOK}save_best=mIoU'],
-    'averages': [*KEEPS_ONE, EMA],
+    'averages': [*KEEPS_ONE, *EMA],
     'used work dir': KEEPS_ONE,
     'out_dir': KEEPS_ONE,
     'other names': [*KEEPS_ONE, f'{HOOK}filename_tmpl=mine-{{}}.pth'],
@@ -53,7 +54,13 @@ def start(work_dir: Path, data: Path, options: list[str], *flags: str) -> subpro
 
 def finish(*args) -> None:
     if start(*args).wait():
-        raise RuntimeError(f'a training that nobody killed failed, log: {args[0].with_suffix(".log")}')
+        raise failure(args[0])
+
+
+def failure(work_dir: Path) -> RuntimeError:
+    return RuntimeError(
+        f'{work_dir.name} failed though nobody killed it:\n{work_dir.with_suffix(".log").read_text()[-2000:]}'
+    )
 
 
 def last(work_dir: Path) -> Path:
@@ -85,7 +92,7 @@ def interrupt(work_dir: Path, data: Path, options: list[str], rng: random.Random
         process, moment = start(work_dir, data, options, *flags), rng.uniform(0.3, 1) * seconds
         try:
             if process.wait(moment):
-                raise RuntimeError(f'a resumed training failed, log: {work_dir.with_suffix(".log")}')
+                raise failure(work_dir)
             return moments
         except subprocess.TimeoutExpired:
             process.kill()
@@ -116,7 +123,7 @@ def fill_disk(folder: Path, data: Path) -> dict:
         failed = start(folder / 'full', data, [f'{HOOK}interval=2', f'{HOOK}out_dir={disk}']).wait()
         message = (folder / 'full.log').read_text().strip().splitlines()[-1]
         left = sorted(path.name for path in (disk / 'full').iterdir())
-        assert failed and 'iter_2.pth' in left and read_checkpoint(disk / 'full/iter_2.pth')
+        assert failed and left == ['iter_2.pth'] and read_checkpoint(disk / 'full/iter_2.pth')
         return {'error': message, 'left': left}
     finally:
         subprocess.call(['umount', disk])
@@ -132,11 +139,12 @@ def main() -> None:
         data = Path(folder, 'shapes')
         write_shapes(data, image_size=64, splits={'train': 8, 'val': 4})
         run = partial(soak, folder=Path(folder), data=data, kills=args.kills)
-        results = dict(zip(SETTINGS, pool.map(run, SETTINGS)))
-        results['full disk'] = fill_disk(Path(folder), data)
-    content = {'settings': results, **provenance()}
-    Path(args.out).write_text(json.dumps(content, indent=1) + '\n')
-    print(json.dumps(results, indent=1))
+        results = {}
+        ends = zip(SETTINGS, pool.map(run, SETTINGS))
+        for name, result in itertools.chain(ends, [('full disk', None)]):
+            results[name] = result or fill_disk(Path(folder), data)
+            print(f'{name}: {results[name]}', flush=True)
+            Path(args.out).write_text(json.dumps({'settings': results, **provenance()}, indent=1) + '\n')
 
 
 if __name__ == '__main__':
