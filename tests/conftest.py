@@ -1,6 +1,7 @@
 """Shared pieces: a tiny Swin, its weights on disk, a tiny data set, and the tools as a user runs them."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -222,3 +223,37 @@ def tool(*command, ok=True, with_peft=False, **environment) -> str:
     )
     assert (call.returncode == 0) == ok, call.stdout[-3000:]
     return call.stdout
+
+
+def pretrained(weights, **options):
+    return dict(backbone=swin(init_cfg=dict(type='Pretrained', checkpoint=weights)), **options)
+
+
+def build(**options):
+    return MODELS.build(dict(dict(type='E3VABackbone', frozen_dtype=None), **options))
+
+
+class Hostile:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), 'w'))
+
+
+@pytest.fixture
+def error_of(monkeypatch):
+    """What a tool raises; in this process, since it takes seconds to import the toolboxes."""
+
+    def run(name, *arguments) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        # The tools set it for their process, which is this one here.
+        monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
+        with pytest.raises(Exception) as raised:
+            runpy.run_path(name, run_name='__main__')
+        return str(raised.value)
+
+    return run

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from e3va_mm.checkpoints.errors import CheckpointMismatchError
-from e3va_mm.checkpoints.files import latest_checkpoint, restore_history, to_plain
+from e3va_mm.checkpoints.files import restore_history, to_plain
+from e3va_mm.checkpoints.latest import latest_checkpoint
 from e3va_mm.hooks.amp import Float32OpsHook
 from e3va_mm.hooks.report import ResourceReportHook, count_parameters, format_table
 
