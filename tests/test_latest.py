@@ -3,6 +3,7 @@
 import os
 
 import torch
+from mmengine.runner import find_latest_checkpoint
 
 from e3va_mm.checkpoints.latest import latest_checkpoint, mark_fresh_run
 
@@ -36,10 +37,20 @@ def test_latest_checkpoint_is_of_the_last_run(tmp_path):
 def test_a_fresh_run_has_no_checkpoint_of_an_older_one(tmp_path):
     torch.save({'state_dict': {}}, tmp_path / 'iter_300.pth')
     os.utime(tmp_path / 'iter_300.pth', (1, 1))
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_300.pth'))
     mark_fresh_run(tmp_path)
-    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path) is None and find_latest_checkpoint(str(tmp_path)) is None
     torch.save({'state_dict': {}}, tmp_path / 'iter_2.pth')  # and the run dies before it notes that
     assert latest_checkpoint(tmp_path).name == 'iter_2.pth'
+
+
+def test_no_older_run_stands_in_for_a_damaged_checkpoint(tmp_path):
+    torch.save({'state_dict': {}}, tmp_path / 'iter_1.pth')
+    os.utime(tmp_path / 'iter_1.pth', (1, 1))
+    mark_fresh_run(tmp_path)
+    (tmp_path / 'iter_2.pth').write_bytes(b'')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+    assert latest_checkpoint(tmp_path) is None
 
 
 def test_latest_checkpoint_in_another_folder(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from mmengine.logging import print_log
 from .errors import DamagedCheckpointError
 from .files import read_checkpoint
 
-# What `last_checkpoint` names until a run has saved its first one.
-_NONE_YET = 'no_checkpoint_yet'
+# A file in the work dir; its time is when the last run that resumed nothing has begun there.
+_STARTED = '.run_started'
 
 
 def latest_checkpoint(work_dir: str | Path, folder: str | Path | None = None) -> Path | str | None:
@@ -24,29 +25,28 @@ def latest_checkpoint(work_dir: str | Path, folder: str | Path | None = None) ->
         work_dir: of the run.
         folder: where its checkpoints are, if not in ``work_dir``.
     """
-    pointer, folder = Path(work_dir, 'last_checkpoint'), Path(folder or work_dir)
+    pointer, started, folder = Path(work_dir, 'last_checkpoint'), Path(work_dir, _STARTED), Path(folder or work_dir)
     named = pointer.read_text().strip() if pointer.is_file() else ''
     if '://' in named:
         return named
     # Of a folder that was moved, the pointer still names the old place.
     exact = [path for path in (Path(named), folder / Path(named).name) if path.is_file()][:1]
-    return next(filter(_is_readable, [*exact, *_saved_before(pointer, named, folder)]), None)
+    since = started.stat().st_mtime if started.is_file() else 0
+    return next(filter(_is_readable, [*exact, *_numbered(folder, since, _step(Path(named)) or math.inf)]), None)
 
 
 def mark_fresh_run(work_dir: str | Path) -> None:
     """From here on, what older runs left in ``work_dir`` is not what :func:`latest_checkpoint` looks for."""
-    Path(work_dir, 'last_checkpoint').write_text(_NONE_YET)
+    Path(work_dir, _STARTED).touch()
+    Path(work_dir, 'last_checkpoint').unlink(missing_ok=True)
 
 
-def _saved_before(pointer: Path, named: str, folder: Path) -> list[Path]:
-    """Numbered checkpoints, newest first, without those that can only be an older run's."""
-    steps = {path: step for path in folder.glob('*.pth') if (step := _step(path)) is not None}
-    if named == _NONE_YET:
-        # A run may die between its first checkpoint and the note of it.
-        steps = {path: step for path, step in steps.items() if path.stat().st_mtime >= pointer.stat().st_mtime}
-    elif (last := _step(Path(named))) is not None:
-        steps = {path: step for path, step in steps.items() if step < last}
-    return sorted(steps, key=lambda path: (path.stat().st_mtime, steps[path]), reverse=True)
+def _numbered(folder: Path, since: float, before: float) -> list[Path]:
+    """The checkpoints with a number below ``before`` that were saved ``since`` (seconds, as files have it), newest
+    first."""
+    times = {path: path.stat().st_mtime for path in folder.glob('*.pth') if (_step(path) or math.inf) < before}
+    newest_first = sorted(times, key=lambda path: (times[path], _step(path)), reverse=True)
+    return [path for path in newest_first if times[path] >= since]
 
 
 def _is_readable(path: Path) -> bool:
