@@ -158,7 +158,7 @@ def reshaped(path):
         (foreign, 'lacks .*; foreign are stem.0.weight'),
         (of_transformers, 'it is in the names of the transformers library'),
         (of_openmmlab, "it is in OpenMMLab's names, for a backbone of mmseg or mmdet"),
-        (reshaped, r'does not fit VisionTransformer: blocks.2.attn.qkv.weight is \(3, 3\) in the file, \(96, 32\)'),
+        (reshaped, r'does not fit VisionTransformer: blocks.2.attn.qkv.weight \(3, 3\) where the model has \(96, 32\)'),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, change, message):
