@@ -37,6 +37,15 @@ def _costs(path: Path) -> str:
     return report(load_rows(path))
 
 
+def _soak(path: Path) -> str:
+    settings = pages.read(path)['settings']
+    rows = [(name, result['kills'], result['trainings']) for name, result in settings.items() if 'kills' in result]
+    total = ['all', *(sum(row[column] for row in rows) for column in (1, 2))]
+    return table(
+        ['checkpoint hook', 'kills', 'trainings, all of which ended as one that nobody killed'], [*rows, total]
+    )
+
+
 def _families() -> str:
     titles = ['family', 'models, for example', 'taps', 'from stage to stage, on the highway', 'maps (strides)']
     return table(titles, [[row.title, f'`{row.example}`', row.taps, row.crossing, row.strides] for row in TABLE])
@@ -52,6 +61,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/backbones.md', 'families', _families, ()),
     (REPORT, 'before_after_cost', _costs, ('before_after_cost',)),
     (REPORT, 'before_after_accuracy', pages.format_packages, ('before_after_accuracy',)),
+    (REPORT, 'soak', _soak, ('soak',)),
     (REPORT, 'target', pages.format_target, ('small_sets', 'more_seeds', 'steps')),
     (REPORT, 'more_seeds', _more_seeds, ('small_sets', 'more_seeds')),
     *((REPORT, name, _runs, (name,)) for name in TRAININGS),
