@@ -29,7 +29,7 @@ def test_bad_inputs(seg_config, tmp_path, error_of):
     expectations = {
         'model.backbone.adapter.rank=0': 'adapter.rank must be an integer of at least 1, got 0',
         'model.backbone.adapter.rnak=4': r"unknown option \['rnak'\]",
-        'model.backbone.backbone.type=Swim': "backbone.type 'Swim' can not be built; supported are",
+        'model.backbone.backbone.type=Swim': "backbone.type 'Swim' can not be built; similar are",
         'model.backbone.backbone.init_cfg.checkpoint=no.pth': "init_cfg.checkpoint='no.pth': there is no such",
         'train_dataloader.dataset.data_root=nowhere': "train_dataloader.dataset.data_root='nowhere' is no folder",
         'train_dataloader.batch_size=0': 'train_dataloader.batch_size must be an integer of at least 1, got 0',

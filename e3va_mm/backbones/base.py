@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import logging
 
 import torch
@@ -21,7 +22,7 @@ from ..checkpoints.fingerprint import FINGERPRINT, describe_difference, fingerpr
 from ..checkpoints.reader import reading
 from ..checks import check_choice
 from ..families.custom import CustomFamily
-from ..families.registry import find_family, supported_backbones
+from ..families.registry import find_family
 
 _FROZEN_DTYPES = {None: None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
 # Their parameters are what autocast rounds in every call.
@@ -42,7 +43,7 @@ class FrozenBackbone(BaseModule):
             are; 'auto' is 'bfloat16' where the constructor finds a CUDA device that computes in it, else ``None``.
         init_cfg: mmengine initialisation of the wrapper itself, e.g. ``dict(type='Pretrained', checkpoint=...)``
             with a trained adapter.
-        taps: where to tap a backbone of an unknown family, see :class:`~e3va_mm.families.custom.CustomFamily`.
+        taps: where to tap a backbone, if not where its family does, see :class:`~e3va_mm.families.custom.CustomFamily`.
 
     Raises:
         KeyError, TypeError: ``backbone`` names no registered or no supported type.
@@ -79,8 +80,13 @@ class FrozenBackbone(BaseModule):
             is_frozen = path == 'backbone' and base_name not in trained
             (self._frozen if is_frozen else self._trained).append(parameter.requires_grad_(not is_frozen))
         # timm's, which have the activation in them.
-        norms = [(name, module) for name, module in self.backbone.named_modules() if isinstance(module, _BatchNorm)]
-        self._own_norms = {name: type(norm) for name, norm in norms if not type(norm).__module__.startswith('torch.')}
+        self._own_norms = {
+            name: type(module)
+            for name, module in self.backbone.named_modules()
+            if isinstance(module, _BatchNorm)
+            and not isinstance(module, nn.SyncBatchNorm)
+            and not type(module).__module__.startswith('torch.')
+        }
         self.hold_freeze()
         if self.frozen_dtype:
             self._reduce_matrices()
@@ -159,7 +165,7 @@ class FrozenBackbone(BaseModule):
         """
         staging = self._staging()
         if names_weights(self.backbone):
-            load_base_weights(staging, optional=set(self.family.norm_names))
+            load_base_weights(staging, self.family.added())
         else:
             message = 'backbone.init_cfg names no weights: the frozen base is random, and no checkpoint will hold it'
             print_log(message, logger='current', level=logging.WARNING)
@@ -245,9 +251,10 @@ def _build(config: dict) -> nn.Module:
     try:
         return MODELS.build(config)
     except KeyError as error:
-        raise KeyError(
-            f'backbone.type {config.get("type")!r} can not be built; supported are {supported_backbones()} ({error})'
-        ) from error
+        registered = {name for registry in (MODELS, *MODELS.children.values()) for name in registry.module_dict}
+        named = str(config.get('type'))
+        near = difflib.get_close_matches(named.rpartition('.')[2], registered, 3)
+        raise KeyError(f'backbone.type {named!r} can not be built; similar are {near} ({error})') from error
 
 
 def _drop_base(wrapper: FrozenBackbone, state_dict: dict, prefix: str, _) -> None:

@@ -26,8 +26,8 @@ class E3VABackbone(FrozenBackbone):
     backbone's own (frozen) downsampling. The first forward pass checks that what is heard is what the backbone returns.
 
     Args:
-        backbone: config of a stock backbone, its ``init_cfg`` included: mmseg's or mmdet's ``SwinTransformer`` of any
-            size, mmseg's ``MixVisionTransformer``, or :class:`TIMMFeatures`.
+        backbone: config of a backbone that returns maps, its ``init_cfg`` included: one of a toolbox, or
+            :class:`TIMMFeatures`.
         adapter: ``rank`` (8), ``branches`` (2) and ``hidden_ratio`` (0.5) of the low-rank adapters. The defaults are
             the paper's: 1,197,312 parameters for Swin-B, 1,792,896 for Swin-L.
         frozen_dtype: 'float16' or 'bfloat16' halves the memory of the frozen weights and speeds their forward up;
@@ -116,7 +116,8 @@ class E3VABackbone(FrozenBackbone):
             images: (B, 3, H, W), any height and width.
 
         Returns:
-            One (B, C_s, H_s, W_s) a stage with an output, in the stock backbone's dtype (fp32 with a ``frozen_dtype``).
+            One (B, C_s, H_s, W_s) a stage with an output, in the stock backbone's dtype (fp32 with a ``frozen_dtype``);
+            no tuple where the backbone returns one map without.
             Gradient flows to highway, mixers and output norms alone, with ``graph_stages`` through the last blocks.
         """
         (highway,) = self._highway
@@ -126,19 +127,23 @@ class E3VABackbone(FrozenBackbone):
                 self._run_frozen(images, along, highway.num_heard)
             else:
                 self._run_checked(images, along, highway.num_heard)
-            return tuple(self.restore_dtype(output) for output in along.finish())
+            maps = [self.restore_dtype(output) for output in along.finish()]
+        return self.family.show(maps, images, self.training)
 
     def _run_frozen(self, images: Tensor, along: HighwayPass, num_heard: int) -> None:
         ends_early = self.family.has_more or num_heard < len(self.family.stages)
         # It ends by an exception, from which the scopes of a trace do not recover.
         ends_early = ends_early and not torch.jit.is_tracing()
-        with torch.no_grad(), listen(self.family, along, num_heard, ends_early):
-            self.backbone(images)
+        with torch.no_grad(), listen(self.family, along, num_heard, ends_early) as listener:
+            returned = self.family.run(images)
+            listener.hear_returned(self.family.returned_maps(returned, images))
 
     def _run_checked(self, images: Tensor, along: HighwayPass, num_heard: int) -> None:
         """The first pass, which runs to its end and compares the levels with the maps that the backbone returns."""
         check = FirstPass(self.family, along, num_heard)
-        with torch.no_grad(), listen(self.family, check, len(self.family.stages)):
-            returned = self.backbone(images)
-        check.compare(returned)
+        with torch.no_grad(), listen(self.family, check, len(self.family.stages)) as listener:
+            maps = self.family.returned_maps(self.family.run(images), images)
+            if len(maps) == sum(stage.norm is not None for stage in self.family.stages):
+                listener.hear_returned(maps)
+        check.compare(maps)
         self._is_checked = True

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from .errors import CheckpointMismatchError
 from .fingerprint import named_tensors
-from .reader import describe_misfit, read_weights
+from .reader import describe_misfit, first_few, read_weights
 
 _served: dict[str, Tensor] = {}
 
@@ -41,7 +42,7 @@ def weights_source(backbone: nn.Module) -> str:
     return f'backbone.init_cfg={backbone.init_cfg}'
 
 
-def load_base_weights(backbone: nn.Module, optional: set[str]) -> None:
+def load_base_weights(backbone: nn.Module, added: set[str]) -> None:
     """Loads ``backbone.init_cfg.checkpoint`` (a path, URL or any scheme that mmengine knows) into a stock backbone.
 
     A file in the backbone's own key names is loaded as it is. Any other is left to the stock loader, which converts key
@@ -50,7 +51,7 @@ def load_base_weights(backbone: nn.Module, optional: set[str]) -> None:
 
     Args:
         backbone: a stock module in fp32; changed in place.
-        optional: names of submodules that pre-trained weights need not have (output norms).
+        added: names of parameters that pre-trained weights need not have; they stay as they are, with a warning.
 
     Raises:
         FileNotFoundError, CheckpointMismatchError: see :func:`.reader.read_weights`; or the file lacks weights.
@@ -62,11 +63,10 @@ def load_base_weights(backbone: nn.Module, optional: set[str]) -> None:
     source = f'backbone.init_cfg.checkpoint={config["checkpoint"]!r}'
     weights = read_weights(backbone, config['checkpoint'], source, config.get('prefix'))
     tensors = named_tensors(backbone)
-    required = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and name.rpartition('.')[0] not in optional
-    ]
+    absent = sorted(name for name in added if name not in weights)
+    if absent:
+        print_log(f'{source} has no {first_few(absent, tensors)}: they stay as they start', logger='current')
+    required = [name for name, tensor in tensors.items() if tensor.is_floating_point() and name not in added]
     if all(name in weights and weights[name].shape == tensors[name].shape for name in required):
         backbone.load_state_dict({name: weights[name] for name in weights.keys() & tensors.keys()}, strict=False)
         return

@@ -110,9 +110,9 @@ def describe_misfit(
     if not missing and not found[RESHAPED]:
         return ''
     foreign = missing and found[FOREIGN]
-    parts = [f'it lacks {len(missing)} of the {num_required} weights: {_first(missing, tensors)}'] if missing else []
+    parts = [f'it lacks {len(missing)} of the {num_required} weights: {first_few(missing, tensors)}'] if missing else []
     if foreign:
-        parts.append(f'foreign are {_first(foreign, weights)}')
+        parts.append(f'foreign are {first_few(foreign, weights)}')
     parts += found[RESHAPED][:3]
     # Where most are there, or a converter has been at them, the names are right.
     if 2 * len(missing) > num_required and not getattr(model, 'convert_weights', False):
@@ -121,5 +121,5 @@ def describe_misfit(
     return f'{source} does not fit {type(model).__name__}: {"; ".join(parts)}'
 
 
-def _first(names: list[str], tensors: dict[str, Tensor]) -> str:
+def first_few(names: list[str], tensors: dict[str, Tensor]) -> str:
     return ', '.join(f'{name} {tuple(tensors[name].shape)}' for name in names[:3]) + (', …' if len(names) > 3 else '')

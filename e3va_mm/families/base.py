@@ -33,7 +33,7 @@ class Stage(NamedTuple):
     """A stage of the backbone."""
 
     blocks: list[Block]
-    end: str  # name of the module whose output is the tokens at the end of the stage
+    end: str | None  # name of the module whose output is the tokens at the end of the stage; None: a returned map is
     embed_dims: int
     norm: str | None  # name of the stage's output norm; None: the stage has no output
     crossing: str | None = None  # name of the module, if there is one, whose output is what ``carry`` makes of the end
@@ -62,6 +62,9 @@ class Family:
     waits = False
     has_more = False
     uncalled: tuple[str, ...] = ()
+    # Of what the backbone returns, see :meth:`returned_maps`.
+    returns_one = False
+    passes_images = False
 
     def __init__(self, backbone: nn.Module, stages: list[Stage]) -> None:
         self.backbone, self.stages = backbone, stages
@@ -100,6 +103,27 @@ class Family:
     def published_norm(self, stage: Stage) -> nn.Module:
         """The output norm as it was before training where the frozen pass has that, else as it is."""
         return self.module(stage.norm)
+
+    def added(self) -> set[str]:
+        """Names of the backbone's parameters that published weights need not have, for what they start as is right."""
+        return {f'{name}.{part}' for name in self.norm_names for part, _ in self.module(name).named_parameters()}
+
+    def run(self, images: Tensor) -> Tensor | tuple | list:
+        """The backbone's own forward."""
+        return self.backbone(images)
+
+    def returned_maps(self, returned: Tensor | tuple | list, images: Tensor) -> list[Tensor]:
+        """The maps in what the backbone has returned; the images themselves, which some pass on, are none."""
+        self.returns_one, outputs = isinstance(returned, Tensor), returned
+        outputs = [returned] if self.returns_one else list(returned)
+        self.passes_images = outputs[0] is images
+        return outputs[self.passes_images :]
+
+    def show(self, maps: list[Tensor], images: Tensor, training: bool) -> Tensor | tuple[Tensor, ...]:
+        """The highway's maps as the backbone returns its own."""
+        if self.returns_one:
+            return maps[0]
+        return (images, *maps) if self.passes_images else tuple(maps)
 
     def tap(self, stage: int, output: Tensor, grid: Size | None) -> tuple[Tensor, Size | None]:
         """A tap's output -> patch tokens (B, L, C), and their height and width where they show."""
@@ -173,7 +197,8 @@ class Listener:
             yield name, partial(self._replace, module)
         for index, stage in enumerate(self.family.stages[: self.num_stages]):
             yield from ((name, partial(self._hear_tap, index)) for block in stage.blocks for name in block.taps)
-            yield stage.end, partial(self._hear_level, index)
+            if stage.end is not None:
+                yield stage.end, partial(self._hear_level, index)
             if stage.crossing is not None:
                 yield stage.crossing, partial(self._hear_start, index)
 
@@ -201,19 +226,27 @@ class Listener:
         if self.ends_early and stage + 1 == self.num_stages:
             raise HeardEnoughError
 
+    def hear_returned(self, maps: list[Tensor]) -> None:
+        """Those of the stages that no module ends."""
+        outputs = iter(maps)
+        for index, stage in enumerate(self.family.stages[: self.num_stages]):
+            output = None if stage.norm is None else next(outputs)
+            if stage.end is None:
+                self.ear.level(index, *self.family.level(index, (), output, self.grid))
+
     def _hear_start(self, stage: int, args: tuple, output: Tensor | tuple) -> None:
         self.ear.start(stage, self.family.start(output))
 
 
 @contextlib.contextmanager
-def listen(family: Family, ear, num_stages: int, ends_early: bool = False) -> Iterator[None]:
+def listen(family: Family, ear, num_stages: int, ends_early: bool = False) -> Iterator[Listener]:
     """While this lasts, ``ear`` hears what the backbone comes by; the arguments are those of :class:`Listener`."""
     listener, handles = Listener(family, ear, num_stages, ends_early), []
     try:
         for name, hear in listener.sites():
             hook = partial(listener.hook, hear)
             handles.append(family.module(name).register_forward_hook(hook, with_kwargs=True))
-        yield
+        yield listener
     except HeardEnoughError:
         pass
     finally:
@@ -225,3 +258,17 @@ def pool_and_pad(tokens: Tensor, size: Size, next_size: Size, dims: int) -> Tens
     """A stage transition without weights: averages to ``next_size``, drops channels or adds zeros up to ``dims``."""
     pooled = F.adaptive_avg_pool2d(tokens.unflatten(1, size).permute(0, 3, 1, 2), next_size)
     return F.pad(pooled.flatten(2).transpose(1, 2), (0, dims - tokens.shape[-1]))
+
+
+class PoolingFamily(Family):
+    """Backbones of maps (B, C, H, W) whose stages begin with whole blocks, which no gradient shall enter.
+
+    From stage to stage the highway's state is average-pooled to the next size, and channels are dropped or added with
+    zeros, as in ResNet's option A.
+    """
+
+    layout = 'NCHW'
+    waits = True
+
+    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
+        return pool_and_pad(tokens, size, next_size, self.stages[stage + 1].embed_dims), next_size

@@ -1,44 +1,29 @@
-"""Taps that the config names, for backbones whose family is not known."""
+"""Any backbone that returns maps: levels are its maps, or ends that are named; taps are outputs of its modules."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_names, check_switch
-from .base import Block, Family, Size, Stage, pool_and_pad
+from .base import Block, PoolingFamily, Size, Stage
+
+_KEYS = {'taps', 'end', 'dims', 'output', 'prefix'}
 
 
-class ChannelAffine(nn.Module):
-    """``weight * x + bias`` over the last dimension; the identity at the start."""
-
-    def __init__(self, dims: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(dims)), nn.Parameter(torch.zeros(dims))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens * self.weight + self.bias
-
-
-class CustomFamily(Family):
-    """Any backbone whose modules put out maps (B, C, H, W), by their paths.
-
-    From stage to stage the highway's state is average-pooled to the next size, and channels are dropped or added with
-    zeros. Output norms are per-channel affine maps that start as the identity.
+class CustomFamily(PoolingFamily):
+    """A backbone whose stages are named by modules' paths.
 
     Args:
         backbone: the stock module.
-        taps: for each stage ``dict(taps=[...], end=..., dims=..., output=True)``: paths of the modules whose outputs
-            are added to the residual stream (all of the size of ``end``'s output), of the module that ends the stage,
-            its channels, and whether the highway has an output there. The outputs are the maps that the backbone
-            returns, in their order.
+        taps: for each stage ``dict(taps=[...], dims=..., end=..., output=True, prefix=0)``: paths of the modules whose
+            outputs the adapters read, maps (B, C, H, W) or (B, H, W, C) or tokens (B, L, C) of the stage's size; the
+            channels C; the path of the module that ends the stage, which puts out a map (B, C, H, W) (left out: the
+            stage ends in the map that the backbone returns); whether the highway has an output there; the number of
+            tokens ahead of those of patches. The outputs are the maps that the backbone returns, in their order.
 
     Raises:
         ValueError: a stage has no or unknown keys, or a path names no module.
     """
-
-    layout = 'NCHW'
-    waits = True
 
     def __init__(self, backbone: nn.Module, taps: list[dict]) -> None:
         if not isinstance(taps, (list, tuple)):
@@ -49,22 +34,29 @@ class CustomFamily(Family):
         num_stages = max((index + 1 for index, stage in enumerate(taps) if stage.get('output', True)), default=0)
         if not num_stages:
             raise ValueError(f'taps={taps!r} has no stage with an output')
+        self.prefixes = [stage.get('prefix', 0) for stage in taps]
         stages = []
         for index, stage in enumerate(taps[:num_stages]):
             norm = f'e3va_norm{index}' if stage.get('output', True) else None
             if norm:
-                backbone.add_module(norm, ChannelAffine(stage['dims']))
-            # Blocks are not known: a stage counts as one.
-            stages.append(Stage([Block(stage['end'], tuple(stage['taps']))], stage['end'], stage['dims'], norm))
+                backbone.add_module(norm, nn.Identity())
+            blocks = [Block(path, (path,)) for path in stage['taps']]
+            stages.append(Stage(blocks, stage.get('end'), stage['dims'], norm))
         super().__init__(backbone, stages)
 
-    def tap(self, stage: int, output: Tensor, grid: Size | None) -> tuple[Tensor, Size | None]:
+    def tap(self, stage: int, output: Tensor | tuple, grid: Size | None) -> tuple[Tensor, Size | None]:
+        output = output[0] if isinstance(output, (tuple, list)) and output else output
+        dims = self.stages[stage].embed_dims
+        if isinstance(output, Tensor) and output.ndim == 3 and output.shape[2] == dims:
+            return output[:, self.prefixes[stage] :], None
+        if isinstance(output, Tensor) and output.ndim == 4 and dims == output.shape[3] != output.shape[1]:
+            return output.flatten(1, 2), tuple(output.shape[1:3])
         self._check(f'a module of taps[{stage}].taps', stage, output)
-        return super().tap(stage, output, grid)
+        return self._from_map(output)
 
     def level(self, stage: int, args: tuple, output: Tensor, grid: Size | None) -> tuple[Tensor, Size]:
         self._check(f'taps[{stage}].end={self.stages[stage].end!r}', stage, output)
-        return super().level(stage, args, output, grid)
+        return self._from_map(output)
 
     def _check(self, what: str, stage: int, output: Tensor) -> None:
         dims = self.stages[stage].embed_dims
@@ -72,21 +64,22 @@ class CustomFamily(Family):
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f'{what} should put out (B, {dims}, H, W) by taps[{stage}].dims, and put out {found}')
 
-    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
-        return pool_and_pad(tokens, size, next_size, self.stages[stage + 1].embed_dims), next_size
-
-    def published_norm(self, stage: Stage) -> nn.Module:
-        return ChannelAffine(stage.embed_dims).to(self.module(stage.norm).weight)
-
 
 def _check_stage(where: str, stage: dict, modules: dict[str, nn.Module]) -> None:
-    if not isinstance(stage, dict) or not {'taps', 'end', 'dims'} <= set(stage) <= {'taps', 'end', 'dims', 'output'}:
-        raise ValueError(f'{where} must be a dict with the keys taps, end and dims, and may have output; got {stage!r}')
-    check_names(f'{where}.taps', stage['taps'])
-    if not isinstance(stage['end'], str):
+    if not isinstance(stage, dict) or not {'taps', 'dims'} <= set(stage) <= _KEYS:
+        raise ValueError(
+            f'{where} must be a dict with the keys taps and dims, and may have end, output and prefix; got {stage!r}'
+        )
+    if stage['taps'] != []:
+        check_names(f'{where}.taps', stage['taps'])
+    if not isinstance(stage.get('end', ''), (str, type(None))):
         raise ValueError(f'{where}.end must be the path of a module, got {stage["end"]!r}')
     check_count(f'{where}.dims', stage['dims'])
     check_switch(f'{where}.output', stage.get('output', True))
-    unknown = [path for path in [*stage['taps'], stage['end']] if path not in modules]
+    if stage.get('prefix', 0) != 0:
+        check_count(f'{where}.prefix', stage['prefix'])
+    if stage.get('end') is None and not stage.get('output', True):
+        raise ValueError(f'{where} has no output, and so must name its end')
+    unknown = [path for path in [*stage['taps'], *filter(None, [stage.get('end')])] if path not in modules]
     if unknown:
         raise ValueError(f'{where} names {unknown}, and the backbone has no such modules')

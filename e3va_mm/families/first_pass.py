@@ -52,19 +52,20 @@ class FirstPass:
             tokens = self.family.run_block(stage, number, tokens, size)
         return tokens
 
-    def compare(self, returned: Tensor | Sequence[Tensor]) -> None:
+    def compare(self, returned: Sequence[Tensor]) -> None:
         """Makes sure that the heard levels, through their norms, are the maps that the backbone has returned.
 
         Raises:
             ValueError: they are not; the message names the stage.
         """
-        returned = [returned] if isinstance(returned, Tensor) else list(returned)
-        silent = [index for index in range(len(self.family.stages)) if index not in self.heard]
+        stages = self.family.stages
+        silent = [index for index, stage in enumerate(stages) if index not in self.heard and stage.end is not None]
         if silent:
-            ends = [self.family.stages[index].end for index in silent]
+            ends = [stages[index].end for index in silent]
             raise self._refusal(silent[0], f'{ends} were not called')
-        if len(returned) != len(self.maps):
-            raise self._refusal(max(self.maps), f'it returns {len(returned)} maps, not {len(self.maps)}')
+        expected = [index for index, stage in enumerate(stages) if stage.norm is not None]
+        if len(returned) != len(expected):
+            raise self._refusal(expected[-1], f'it returns {len(returned)} maps, not {len(expected)}')
         for (stage, heard), output in zip(self.maps.items(), returned):
             self._compare(stage, heard, output, f'at {self.family.stages[stage].end!r}, behind the norm,')
 

@@ -7,7 +7,9 @@ from typing import NamedTuple
 from torch import nn
 
 from .base import Family
+from .discovered import DiscoveredFamily
 from .mit import MiTFamily
+from .resnet import ResNetFamily
 from .swin import SwinFamily
 from .timm_base import TIMMFamily
 from .timm_hiera import HieraFamily
@@ -34,6 +36,9 @@ TABLE = [
         'attention, MLP', 'own patch merging'),
     Row(MiTFamily, ('mmseg.MixVisionTransformer',), 'mmseg MiT', "type='mmseg.MixVisionTransformer'",
         'attention, MLP', 'own norm, as it was before training, and patch embedding'),
+    Row(ResNetFamily, ('mmseg.ResNet', 'mmdet.ResNet', 'mmpretrain.ResNet'),
+        'ResNet, ResNeXt, ResNeSt, Res2Net, RegNet, DetectoRS, and V1c, V1d', "type='ResNetV1c'",
+        'residual branches', 'pooling, zeros for new channels'),
     Row(TIMMSwinFamily, ('timm.swin_transformer', 'timm.swin_transformer_v2'), 'timm Swin, SwinV2',
         'swinv2_base_window12_192.ms_in22k', "attention, MLP, V2's post-norms included", 'own patch merging'),
     Row(ViTFamily, ('timm.vision_transformer', 'timm.deit'), 'timm ViT: AugReg, DeiT, DINOv2, CLIP',
@@ -49,16 +54,18 @@ TABLE = [
     Row(PVTFamily, ('timm.pvt_v2',), 'timm PVTv2', 'pvt_v2_b2', 'attention, MLP', 'own norm and patch embedding'),
     Row(InvertedResidualFamily, ('timm.efficientnet', 'timm.mobilenetv3'), 'timm EfficientNet, MobileNetV2, V3',
         'tf_efficientnet_lite0', 'each block with a skip connection', 'pooling, zeros for new channels'),
+    Row(DiscoveredFamily, (), 'any other module that returns maps', "type='mmdet.HRNet'",
+        'blocks that lead to each map, found by running it once', 'pooling, zeros for new channels', 'its own'),
 ]
 # fmt: on
 FAMILIES: dict[str, type[Family]] = {key: row.family for row in TABLE for key in row.keys}
 
 
 def find_family(backbone: nn.Module) -> Family:
-    """The family of ``backbone``, subclasses included.
+    """The family of ``backbone``, subclasses included, or one that is found by running it once.
 
     Raises:
-        TypeError: no family is known, or a subclass lacks what its family listens to; the message names it.
+        TypeError: it returns no maps, or a subclass lacks what its family listens to; the message names it.
     """
     if isinstance(getattr(backbone, 'family', None), TIMMFamily):
         return backbone.family
@@ -66,10 +73,7 @@ def find_family(backbone: nn.Module) -> Family:
         family = FAMILIES.get(f'{cls.__module__.partition(".")[0]}.{cls.__name__}')
         if family:
             return family(backbone)
-    raise TypeError(
-        f'unsupported backbone.type {type(backbone).__name__!r}; supported are {supported_backbones()}, '
-        'and any other by the option taps'
-    )
+    return DiscoveredFamily(backbone)
 
 
 def find_timm_family(module: str) -> type[TIMMFamily] | None:
@@ -79,7 +83,3 @@ def find_timm_family(module: str) -> type[TIMMFamily] | None:
 
 def timm_modules() -> list[str]:
     return sorted(key.removeprefix('timm.') for key in FAMILIES if key.startswith('timm.'))
-
-
-def supported_backbones() -> str:
-    return ', '.join([*(key for key in FAMILIES if not key.startswith('timm.')), 'TIMMFeatures'])

@@ -6,7 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from .base import Block, Size, Stage, pool_and_pad
+from .base import Block, PoolingFamily, Size, Stage
 from .timm_base import TIMMFamily, pad_to, staged, uncalled_qkv
 
 
@@ -79,16 +79,13 @@ class ConvNeXtFamily(TIMMFamily):
         return self._from_map(self.backbone.model.stages[stage + 1].downsample(image))
 
 
-class InvertedResidualFamily(TIMMFamily):
+class InvertedResidualFamily(PoolingFamily, TIMMFamily):
     """EfficientNet (arXiv 1905.11946) and MobileNet V2 and V3 (arXiv 1801.04381, 1905.02244).
 
     A stage is a group of timm's ``blocks`` from stride 4 on; the last group of each stride has the output. A group
-    begins with a block without skip connection, which belongs to the transition: that is a whole block, which no
-    gradient shall enter, so that the highway's state is pooled instead, as in ResNet's option A.
+    begins with a block without skip connection, which belongs to the transition.
     """
 
-    layout = 'NCHW'
-    waits = True
     unused = ('conv_head', 'norm_head', 'bn2', 'classifier')
 
     def describe(self, model: nn.Module) -> list[Stage]:
@@ -116,9 +113,6 @@ class InvertedResidualFamily(TIMMFamily):
 
     def feature_index(self, model: nn.Module, index: int) -> int:
         return index + 1  # stride 2 has no map here
-
-    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
-        return pool_and_pad(tokens, size, next_size, self.stages[stage + 1].embed_dims), next_size
 
     def convert(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if '_conv_stem.weight' not in weights:
