@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
     add('--measure', choices=('cost', 'in-turn', 'fits'), default='cost')
     add('--tasks', nargs='*', default=list(TASKS), choices=TASKS)
     add('--sizes', nargs='+', default=['t'], choices=SIZES, help='of the Swin backbone')
-    add('--configs', nargs='*', default=[], help='stock configs to measure beside the tasks')
+    add('--configs', nargs='*', default=[], help='stock configs, mmdet::… among them, to measure beside the tasks')
     add('--methods', nargs='+', default=['full', 'full+checkpointed', 'frozen', 'e3va'], help=METHODS_HELP)
     add('--precisions', nargs='+', default=['fp32'], choices=('fp32', 'amp-fp16', 'amp-bf16'))
     add('--batch-sizes', nargs='+', type=int, default=[2])
@@ -82,7 +82,7 @@ def _labelled(text: str) -> tuple[str, str]:
 
 def models(args: argparse.Namespace) -> list[tuple[str, str, tuple[int, int]]]:
     """Name, config and default image size of what is measured."""
-    found = [(Path(config).stem, config, (512, 512)) for config in args.configs]
+    found = [(Path(config.partition('::')[2] or config).stem, config, (512, 512)) for config in args.configs]
     for task, size in itertools.product(args.tasks, args.sizes):
         pattern, image_size = TASKS[task]
         (config,) = ROOT.glob(pattern.format(short=size, long=SIZES[size]))
@@ -116,6 +116,11 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     return cases
 
 
+def load_config(name: str) -> Config:
+    """That of a file, or one that a toolbox brings: ``mmdet::…``."""
+    return Config.fromstring(f'_base_ = {name!r}', '.py') if '::' in name else Config.fromfile(name)
+
+
 def jobs_of(cases: dict[str, dict], measure: str) -> list[list[str]]:
     """The names of the cases that a process measures: one, or all methods of a setting in turn."""
     if measure != 'in-turn':
@@ -134,7 +139,7 @@ def run_job(measure: str, cases: list[dict], lock: str) -> list[dict] | str:
     with tempfile.TemporaryDirectory() as folder:
         given, target, config = (Path(folder, name) for name in ('job.json', 'runs.json', 'config.py'))
         # Whole, because another checkout's package may not know how ours finds what a config is based on.
-        Config.fromfile(cases[0]['config']).dump(config)
+        load_config(cases[0]['config']).dump(config)
         job = {'measure': measure, 'cases': [{**case, 'config': str(config)} for case in cases], 'lock': lock}
         given.write_text(json.dumps(job))
         # Our benchmarks with the case's package, whatever else the two checkouts hold.
