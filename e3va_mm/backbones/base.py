@@ -191,6 +191,16 @@ class FrozenBackbone(BaseModule):
         """What is trained beside the backbone, by name; in tables of parameters it is a part of its own."""
         return {}
 
+    def stock_names(self) -> list[str]:
+        """Names of the parameters that the stock backbone has brought along."""
+        return [f'backbone.{name}' for name, _ in self.backbone.named_parameters()]
+
+    def base_rate_parameters(self) -> dict[str, nn.Parameter]:
+        """What :class:`~e3va_mm.optim.MergedGroupsConstructor` trains at the base rate, by name: all that was added."""
+        stock = set(self.stock_names())
+        named = self.named_parameters()
+        return {name: value for name, value in named if value.requires_grad and name not in stock}
+
     def base_fingerprint(self) -> Tensor:
         """(number of frozen tensors,) int64; see :func:`e3va_mm.checkpoints.fingerprint.fingerprint`."""
         if 'fingerprint' in self._base_record:

@@ -32,12 +32,17 @@ class TunedBackbone(FrozenBackbone):
     ) -> None:
         super().__init__(backbone, frozen_dtype, init_cfg)
         stock = copy.deepcopy(self.backbone)
+        self._stock_names = super().stock_names()
         self.method = build_method(self.family, method)
         self.method.inject(self.backbone)
         # Weights are loaded by their stock names; where those are gone, a stock module is kept until then.
         self._stock = [stock] if list(stock.state_dict()) != list(self.backbone.state_dict()) else []
         self.trains_base = self.method.trains_backbone
         self.freeze_base(self.method.trained_names(self.backbone))
+
+    def stock_names(self) -> list[str]:
+        # Adapters that are injected into the backbone are among its parameters by now.
+        return self._stock_names
 
     def _staging(self) -> nn.Module:
         return self._stock.pop() if self._stock else super()._staging()
