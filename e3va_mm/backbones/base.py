@@ -196,6 +196,11 @@ class FrozenBackbone(BaseModule):
         """What is trained beside the backbone, by name; in tables of parameters it is a part of its own."""
         return {}
 
+    @property
+    def freezes_base(self) -> bool:
+        """Whether any of the stock backbone is frozen: all methods but full fine-tuning do so."""
+        return bool(self._frozen)
+
     def stock_names(self) -> list[str]:
         """Names of the parameters that the stock backbone has brought along."""
         return [f'backbone.{name}' for name, _ in self.backbone.named_parameters()]
