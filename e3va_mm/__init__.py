@@ -9,5 +9,6 @@ declare_torchvision_ops()
 resolve_config_scopes()
 
 from . import backbones, checkpoints, hooks, necks, optim  # noqa: E402, F401
+from .tune import tune  # noqa: E402, F401
 
 __version__ = '0.1.0'

@@ -6,6 +6,7 @@ import argparse
 import atexit
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,10 +19,15 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, RUNNERS, Registry
 from mmengine.runner import Runner
 
+from .backbones.base import FrozenBackbone
+from .checkpoints.base_weights import names_weights
 from .checkpoints.files import read_weights_only
 from .checks import check_count
+from .tune import find_config, tune
 
 SCOPES = ('mmseg', 'mmdet')
+# Options that say where the weights of a stock model are; a wrapped backbone is one level deeper.
+_STOCK_WEIGHTS = re.compile(r'load_from$|model\.(?!.*backbone\.backbone\.)(.*\.)?(init_cfg|pretrained)(\.|$)')
 
 
 @MODEL_WRAPPERS.register_module()
@@ -36,15 +42,21 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         super().__init__(revert_sync_batchnorm(module), **kwargs)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that mmseg's and mmdet's own train and test tools both have."""
-    parser.add_argument('--work-dir', help='folder for logs and results; default: ./work_dirs/CONFIG_NAME')
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The config, and what changes it."""
+    parser.add_argument('config', help='config file, or the name of one in a toolbox: mmdet::… or mmseg::…')
+    parser.add_argument('--tune', metavar='METHOD', help='e3va or another method: wraps the backbone of a stock config')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='overrides of the config, key=value; lists as key="[a,b]" or key=a,b, without spaces',
+        help='overrides of the (tuned) config, key=value; lists as key="[a,b]" or key=a,b, without spaces',
     )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that mmseg's and mmdet's own train and test tools both have."""
+    parser.add_argument('--work-dir', help='folder for logs and results; default: ./work_dirs/CONFIG_NAME')
     parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none', help='job launcher')
     # torchrun sets the environment variable instead; torch.distributed.launch passes the flag.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
@@ -57,26 +69,34 @@ def load_config(args: argparse.Namespace) -> Config:
         FileNotFoundError, ValueError: the config or the toolbox it asks for is missing.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    config = read_config(args.config, args.cfg_options)
+    config = read_config(args.config, args.cfg_options, args.tune)
     config.launcher = args.launcher
-    config.work_dir = args.work_dir or config.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    config.work_dir = args.work_dir or config.get('work_dir') or str(Path('work_dirs', Path(config.filename).stem))
     _protect_checkpoints(config)
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         _distribute_on_cpu(config)
     return config
 
 
-def read_config(path: str, options: dict | None) -> Config:
+def read_config(name: str, options: dict | None, method: str | None = None) -> Config:
     """A config with overrides and its toolbox; from here on, the process reads files of weights as weights only.
 
+    Args:
+        name: path of a config, or its name in a toolbox.
+        options: overrides by their keys. They are of the tuned config, but for those that name weights of the stock
+            model: with a ``method``, these count before it.
+        method: to tune it by, see :func:`~e3va_mm.tune.tune`.
+
     Raises:
-        FileNotFoundError, ValueError: the config or the toolbox it asks for is missing.
+        FileNotFoundError, ValueError: the config or the toolbox it asks for is missing, or it can not be tuned so.
     """
     read_weights_only()
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'config {path} does not exist')
-    config = Config.fromfile(path)
-    config.merge_from_dict(options or {})
+    config, options = Config.fromfile(find_config(name)), dict(options or {})
+    if method:
+        named = {key: options.pop(key) for key in list(options) if _STOCK_WEIGHTS.match(key)}
+        config.merge_from_dict(named)
+        config = tune(config, method)
+    config.merge_from_dict(options)
     _set_scope(config)
     return config
 
@@ -105,6 +125,21 @@ def resolve_type(registry: Registry, named, scope: str | None = None):
 
 def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def check_base_weights(model: torch.nn.Module) -> None:
+    """Makes sure that what is frozen has weights: on random features, nothing is learned.
+
+    Raises:
+        ValueError: names the backbone that has none.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenBackbone) and module.freezes_base and not names_weights(module.backbone):
+            raise ValueError(
+                f'model.{path.removeprefix("module.")}.backbone names no weights, and beside a frozen random backbone '
+                "nothing is learned: give them by its init_cfg=dict(type='Pretrained', checkpoint=FILE), or a whole "
+                'trained model by load_from=FILE; --random-base trains nevertheless'
+            )
 
 
 def end_distributed_run() -> None:

@@ -1,26 +1,74 @@
-"""The optimizer's parameter groups."""
+"""The optimizer's parameter groups, and the learning rate of what a wrapper adds."""
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+
+from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+# What an entry of custom_keys has to name to be meant for the highway.
+_PARTS = ('highway', 'mixers')
+# Where constructors note the factor of a group: mmengine's for custom_keys, those of layer decay.
+_FACTORS = ('lr_mult', 'lr_scale')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's constructor, but parameters of the same settings share a parameter group.
+    """mmengine's constructor, but what a wrapper adds to a backbone learns at the base rate, and groups are merged.
+
+    An entry of ``custom_keys`` that matches parameters of the stock backbone, such as ``backbone``, is meant for these:
+    highway, mixers and output norms, and what a comparison method adds, keep their ``weight_decay`` from it, but learn
+    at the optimizer's own ``lr``. An entry that matches nothing stock, such as ``backbone.highway``, holds.
 
     With a ``paramwise_cfg`` mmengine makes a group of each parameter. An optimizer updates group by group, and adapters
-    are many small parameters: their update is then hundreds of tiny kernels. The update itself is the same.
-    ``optim_wrapper=dict(constructor='MergedGroupsConstructor')`` is all that a config needs; a run resumes from the
-    optimizer state of the same constructor only, and AdapterCheckpointHook says so.
+    are many small parameters: their update is then hundreds of tiny kernels. So parameters of the same settings share
+    a group; the update itself is the same. A run resumes from the optimizer state of the same constructor only, and
+    AdapterCheckpointHook says so.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:
         super().add_params(params, module, prefix, is_dcn_module)
         if not prefix:
+            if self.base_lr is not None:
+                self._restore_rates(params, module)
             params[:] = merge_groups(params)
+
+    def _restore_rates(self, params: list[dict], model: nn.Module) -> None:
+        """Sets the base rate in the groups, of one parameter each, of what wrappers of ``model`` have added."""
+        added, stock = parameters_by_origin(model)
+        names = {id(parameter): name for name, parameter in added.items()}
+        about_stock = {key for key in self.paramwise_cfg.get('custom_keys', {}) if any(key in name for name in stock)}
+        for group in params:
+            name = names.get(id(group['params'][0]))
+            if name and (self._matching_key(name) in {None, *about_stock} or name in stock):
+                group.pop('lr_mult', None)
+                group['lr'] = self.base_lr
+
+    def _matching_key(self, name: str) -> str | None:
+        """The entry of ``custom_keys`` that mmengine takes for a parameter: the longest that is a part of its name."""
+        keys = sorted(sorted(self.paramwise_cfg.get('custom_keys', {})), key=len, reverse=True)
+        return next((key for key in keys if key in name), None)
+
+
+def parameters_by_origin(model: nn.Module) -> tuple[dict[str, nn.Parameter], set[str]]:
+    """Those in ``model`` that learn at the base rate, by name, and the names of all that wrapped backbones bring.
+
+    Output norms are in both.
+    """
+    added, stock = {}, set()
+    for path, module in model.named_modules():
+        if hasattr(module, 'base_rate_parameters'):
+            prefix = f'{path}.' if path else ''
+            added.update({prefix + name: value for name, value in module.base_rate_parameters().items()})
+            stock.update(f'{prefix}{name}' for name in module.stock_names())
+    return added, stock
 
 
 def merge_groups(groups: list[dict]) -> list[dict]:
@@ -35,3 +83,65 @@ def merge_groups(groups: list[dict]) -> list[dict]:
         else:
             merged.append(dict(group))
     return merged
+
+
+def check_highway_rate(highway: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Makes sure that no setting meant for the backbone slows, or speeds, the highway.
+
+    Args:
+        highway: its parameters by name.
+        optimizer: that was built from the running config.
+
+    Raises:
+        ValueError: ``custom_keys`` or a layer decay has a factor for them, and no entry names them.
+    """
+    ours = {id(parameter) for parameter in highway.values()}
+    for group in optimizer.param_groups:
+        factor = next((group[key] for key in _FACTORS if key in group), 1)
+        if factor != 1 and any(id(parameter) in ours for parameter in group['params']):
+            causes = _causes(factor)
+            if causes is not None and not any(part in key for key in causes for part in _PARTS):
+                raise ValueError(_advice(causes, factor))
+
+
+def _causes(factor: float) -> list[str] | None:
+    """Entries of ``custom_keys`` with that factor in the running config; None where code runs without a config."""
+    text = MessageHub.get_current_instance().get_info('cfg')
+    # A config in pure Python may hold what its text does not bring back.
+    with contextlib.suppress(AttributeError, NameError, SyntaxError, TypeError):
+        custom_keys = (Config.fromstring(text, '.py').optim_wrapper.get('paramwise_cfg') or {}).get('custom_keys', {})
+        return [key for key, entry in custom_keys.items() if entry.get('lr_mult') == factor]
+    return None
+
+
+def _advice(causes: list[str], factor: float) -> str:
+    source = f'optim_wrapper.paramwise_cfg.custom_keys[{causes[0]!r}]' if causes else 'optim_wrapper'
+    return (
+        f'{source} is meant for the backbone, and gives the highway {factor:g} of the learning rate. Add to '
+        "custom_keys 'backbone.highway': dict(lr_mult=1), 'backbone.mixers': dict(lr_mult=1); or set "
+        "optim_wrapper.constructor='MergedGroupsConstructor', which leaves the highway out of such entries"
+    )
+
+
+# Wrappers whose highway has not been trained for a step yet.
+_unchecked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def check_at_first_step(wrapper: nn.Module) -> None:
+    """Has :func:`check_highway_rate` done when an optimizer first updates ``wrapper``, whichever tool runs it."""
+    _unchecked.add(wrapper)
+
+
+def _check_first_step(optimizer: Optimizer, args, kwargs) -> None:
+    if not _unchecked:
+        return
+    updated = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
+    for wrapper in list(_unchecked):
+        highway = wrapper.adapter_parameters()
+        if any(id(parameter) in updated for parameter in highway.values()):
+            check_highway_rate(highway, optimizer)
+            _unchecked.discard(wrapper)
+
+
+# Of all hooks that a config of five lines runs by, with the toolbox's own tool, this one alone sees the optimizer.
+register_optimizer_step_pre_hook(_check_first_step)

@@ -1,11 +1,13 @@
 import copy
 import io
+import logging
 
 import pytest
 import torch
 from conftest import build, e3va, pretrained, stir, swin
 from mmengine.model import ExponentialMovingAverage
-from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
+from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import _load_checkpoint_to_model, load_checkpoint, load_state_dict
 from safetensors.torch import save_file
 
 from e3va_mm.checkpoints.comparison import check_fits
@@ -192,3 +194,78 @@ def test_publish_refuses_what_is_no_adapter(tmp_path):
     (tmp_path / 'bad.safetensors').write_bytes(b'12345678901')
     with pytest.raises(DamagedCheckpointError, match='bad.safetensors'):
         unpublish(tmp_path / 'bad.safetensors', tmp_path / 'back.pth')
+
+
+def whole_model(**options):
+    """A segmentor whose backbone is wrapped, or stock where no type is named."""
+    backbone = dict(swin(), **options) if 'type' not in options else dict(options, backbone=swin())
+    torch.manual_seed(len(options))
+    head = dict(type='mmseg.FCNHead', in_channels=96, in_index=3, channels=4, num_classes=2, norm_cfg=dict(type='BN'))
+    model = MODELS.build(dict(type='mmseg.EncoderDecoder', backbone=backbone, decode_head=head))
+    return stir(model.eval()) if 'type' not in options else model
+
+
+WRAPPERS = {
+    'e3va': dict(type='E3VABackbone', frozen_dtype=None),
+    'mixers': dict(type='E3VABackbone', frozen_dtype=None, mixer=dict(width=8), graph_stages=1),
+    'frozen': dict(type='TunedBackbone', method=dict(type='Frozen')),
+    'lora': dict(type='TunedBackbone', method=dict(type='LoRA', r=2)),
+    'mona': dict(type='TunedBackbone', method=dict(type='Mona', width=4)),
+    'partial': dict(type='TunedBackbone', method=dict(type='Partial')),
+    'bitfit': dict(type='TunedBackbone', method=dict(type='BitFit')),
+}
+
+
+@pytest.mark.parametrize('wrapper', WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(('prefix', 'is_initialised'), [('', True), ('module.', False)])
+def test_a_whole_stock_model_brings_base_and_heads(wrapper, prefix, is_initialised):
+    """As load_from in training, once weights are drawn, and in tests, where none are: the same predictions."""
+    stock, model = whole_model(), whole_model(**wrapper)
+    if is_initialised:
+        model.init_weights()
+    state = {prefix + key: value for key, value in stock.state_dict().items()}
+    check_fits(model, {'state_dict': state})
+    _load_checkpoint_to_model(model, {'state_dict': state})
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(IMAGES), stock(IMAGES), atol=1e-5, rtol=1e-4)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    # What is saved then belongs to that base.
+    again = whole_model(**wrapper)
+    again.load_state_dict(stock.state_dict(), strict=False)
+    again.load_state_dict(stir(model).state_dict())
+    torch.testing.assert_close(again.eval()(IMAGES), model(IMAGES))
+    with pytest.raises(
+        CheckpointMismatchError, match='If training began by load_from of a stock model, name that file'
+    ):
+        whole_model(**wrapper).load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize('frozen_dtype', [None, 'bfloat16'])
+def test_an_averaged_copy_takes_the_base_of_a_stock_model_too(frozen_dtype):
+    stock, model = whole_model(), whole_model(type='E3VABackbone', frozen_dtype=frozen_dtype)
+    average = ExponentialMovingAverage(model)
+    model.init_weights()
+    for each in (average.module, model):
+        load_state_dict(each, copy.deepcopy(stock.state_dict()))
+    assert torch.equal(average.module.backbone.base_fingerprint(), model.backbone.base_fingerprint())
+    reference = build(backbone=stock.backbone)
+    assert torch.equal(model.backbone.base_fingerprint(), reference.base_fingerprint())
+
+
+def test_what_of_a_stock_model_does_not_fit_is_listed_or_refused(caplog, monkeypatch):
+    said = []
+    monkeypatch.setattr('e3va_mm.backbones.base.print_log', lambda text, *options: said.append(text))
+    stock, model = whole_model().state_dict(), whole_model(type='E3VABackbone')
+    stock['backbone.cls_token'] = stock.pop('decode_head.conv_seg.bias')
+    load_state_dict(model, stock, logger=logging.getLogger())
+    assert "differs from the model in ['cls_token']" in said[0]
+    assert 'missing keys in source state_dict: decode_head.conv_seg.bias' in caplog.text
+    check_fits(model, {'state_dict': stock})
+    stock['decode_head.conv_seg.weight'] = torch.zeros(5, 4, 1, 1)
+    with pytest.raises(CheckpointMismatchError, match=r'of another shape: decode_head.conv_seg.weight \(5, 4, 1, 1\)'):
+        check_fits(model, {'state_dict': stock})
+    del stock['backbone.stages.2.blocks.1.norm1.weight']
+    with pytest.raises(CheckpointMismatchError, match='keys missing: backbone.'):
+        check_fits(model, {'state_dict': stock})
+    with pytest.raises(CheckpointMismatchError, match='does not fit this E3VABackbone'):
+        load_state_dict(model, stock)

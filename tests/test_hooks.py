@@ -20,7 +20,7 @@ from e3va_mm.checkpoints.errors import CheckpointMismatchError
 from e3va_mm.checkpoints.files import restore_history, to_plain
 from e3va_mm.checkpoints.latest import latest_checkpoint
 from e3va_mm.hooks.amp import Float32OpsHook
-from e3va_mm.hooks.report import ResourceReportHook, count_parameters, format_table
+from e3va_mm.hooks.report import ResourceReportHook, count_parameters, format_table, learning_rates
 
 
 @MODELS.register_module()
@@ -231,6 +231,19 @@ def test_parameter_table():
     assert table[1].split() == ['backbone', '0', '6', '0.00']
     assert table[2].split() == ['head', '3', '0', '100.00']
     assert table[3].split() == ['total', '3', '6', '33.33']
+
+
+def test_learning_rates_by_part():
+    """Those that warm-up leads to; what no optimizer has is left out."""
+    model = ToyModel()
+    model.backbone.weight.requires_grad_(True)
+    groups = [dict(params=[model.head.weight], lr=0.5), dict(params=[model.head.bias, model.backbone.weight])]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    optimizer.param_groups[0].update(lr=1e-6, initial_lr=0.5)
+    rates = learning_rates(model, [optimizer])
+    assert rates == {'head': {0.1, 0.5}, 'backbone': {0.1}}
+    table = format_table(count_parameters(model), rates).splitlines()
+    assert table[1].split()[-1] == '0.1' and table[2].endswith('0.1 to 0.5') and table[3].split()[-1] == '77.78'
 
 
 def test_to_plain_and_back():

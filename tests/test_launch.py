@@ -116,7 +116,7 @@ def test_types_as_classes(tmp_path, monkeypatch):
         'default_hooks = dict(checkpoint=dict(type=CheckpointHook, interval=3))\n'
         'optim_wrapper = dict(type=OptimWrapper, dtype="bfloat16")\n'
     )
-    args = SimpleNamespace(config=str(path), cfg_options=None, launcher='none', work_dir=None, local_rank=0)
+    args = SimpleNamespace(config=str(path), cfg_options=None, launcher='none', work_dir=None, local_rank=0, tune=None)
     config = load_config(args)
     assert config.default_scope == 'mmseg'
     assert config.default_hooks.checkpoint == dict(type='AdapterCheckpointHook', interval=3)
@@ -132,5 +132,5 @@ def test_a_subclass_of_the_checkpoint_hook_stays(tmp_path):
     path = tmp_path / 'config.py'
     hook = dict(type='AdapterCheckpointHook', interval=3)
     Config(dict(model=dict(type='mmseg.EncoderDecoder'), default_hooks=dict(checkpoint=hook))).dump(path)
-    args = SimpleNamespace(config=str(path), cfg_options=None, launcher='none', work_dir=None, local_rank=0)
+    args = SimpleNamespace(config=str(path), cfg_options=None, launcher='none', work_dir=None, local_rank=0, tune=None)
     assert load_config(args).default_hooks.checkpoint == hook

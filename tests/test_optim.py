@@ -4,10 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, e3va, images, stir
+from conftest import ROOT, e3va, images, stir, swin
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
+from mmengine.optim.scheduler import LinearLR
+from mmengine.registry import MODELS
 
+from e3va_mm import optim
 from e3va_mm.optim import merge_groups
 
 SETTINGS = Config.fromfile(ROOT / 'configs/_base_/schedules/small_sets.py').optim_wrapper
@@ -54,3 +58,111 @@ def test_trains_as_with_the_stock_constructor(accumulated):
 def test_groups_with_settings_that_can_not_be_hashed():
     groups = [dict(params=[number], betas=betas) for number, betas in enumerate(([0.9], [0.8], [0.9]))]
     assert merge_groups(groups) == [dict(params=[0, 2], betas=[0.9]), dict(params=[1], betas=[0.8])]
+
+
+def rates(wrapper, named):
+    """The learning rates of the parameters in a dict, as a set."""
+    ids = {id(parameter) for parameter in named.values()}
+    groups = wrapper.optimizer.param_groups
+    return {group['lr'] for group in groups for parameter in group['params'] if id(parameter) in ids}
+
+
+def segmentor(backbone):
+    model = torch.nn.Module()
+    model.backbone, model.decode_head = backbone, torch.nn.Linear(2, 2)
+    return model
+
+
+def settings(constructor='MergedGroupsConstructor', bias_lr_mult=2, **custom_keys):
+    keys = {name.replace('__', '.'): dict(lr_mult=mult, decay_mult=0.5) for name, mult in custom_keys.items()}
+    paramwise_cfg = dict(custom_keys=keys, bias_lr_mult=bias_lr_mult)
+    optimizer = dict(type='AdamW', lr=1e-3, weight_decay=0.1)
+    return Config(dict(optim_wrapper=dict(constructor=constructor, optimizer=optimizer, paramwise_cfg=paramwise_cfg)))
+
+
+def test_what_is_added_learns_at_the_base_rate():
+    """Entries for the backbone are for what the stock backbone has, those for the head stay the head's."""
+    model = segmentor(e3va(mixer=dict(width=8)))
+    keys = dict(backbone=0, backbone__norm=0.1, norm=0.1, decode_head=10)
+    wrapper = build_optim_wrapper(model, settings(**keys).optim_wrapper)
+    assert rates(wrapper, model.backbone.base_rate_parameters()) == {1e-3}
+    assert rates(wrapper, dict(model.decode_head.named_parameters())) == {1e-2}
+    decays = {group['weight_decay'] for group in wrapper.optimizer.param_groups}
+    assert decays == {0.05} and all('lr_mult' not in g or g['lr'] == 1e-2 for g in wrapper.optimizer.param_groups)
+
+
+def test_an_entry_that_names_a_part_holds():
+    model = segmentor(e3va(mixer=dict(width=8)))
+    wrapper = build_optim_wrapper(model, settings(backbone=0.1, backbone__mixers=5).optim_wrapper)
+    backbone = model.backbone
+    assert rates(wrapper, dict(backbone.mixers.named_parameters())) == {5e-3}
+    assert rates(wrapper, dict(backbone.highway.named_parameters())) == {1e-3}
+    norms = {
+        f'{name}.{part}': value
+        for name in backbone.family.norm_names
+        for part, value in backbone.backbone.get_submodule(name).named_parameters()
+    }
+    assert norms and rates(wrapper, norms) == {1e-3}
+
+
+@pytest.mark.parametrize('method', ['LoRA', 'Mona', 'BitFit', 'NormTuning', 'Partial'])
+def test_methods_add_at_the_base_rate_and_tune_the_backbone_at_its_own(method):
+    model = segmentor(MODELS.build(dict(type='TunedBackbone', backbone=swin(), method=dict(type=method))))
+    wrapper = build_optim_wrapper(model, settings(backbone=0.1).optim_wrapper)
+    added = model.backbone.base_rate_parameters()
+    stock = {n: p for n, p in model.backbone.named_parameters() if p.requires_grad and n not in added}
+    assert bool(added) == (method in ('LoRA', 'Mona')) != bool(stock)
+    assert rates(wrapper, added or stock) == {1e-3 if added else 1e-4}
+
+
+@pytest.fixture
+def running():
+    """Makes a config the running one, as mmengine's runner does."""
+    hub = MessageHub.get_current_instance()
+    yield lambda config: hub.update_info('cfg', config.pretty_text)
+    hub.runtime_info.pop('cfg', None)
+
+
+def first_step(config, with_highway=True):
+    """Builds the optimizer of a config and takes a step with it; another model's optimizer has stepped before."""
+    model = segmentor(e3va(mixer=dict(width=8)))
+    other = torch.nn.Linear(1, 1)
+    torch.optim.SGD(other.parameters(), lr=1).step()
+    wrapper = build_optim_wrapper(model if with_highway else model.decode_head, config.optim_wrapper)
+    wrapper.optimizer.step()
+    return model.backbone
+
+
+@pytest.mark.parametrize('factor', [0, 0.1, 3])
+def test_a_factor_for_the_backbone_ends_training_at_its_first_step(running, factor):
+    config = settings('DefaultOptimWrapperConstructor', backbone=factor, decode_head=7)
+    running(config)
+    with pytest.raises(
+        ValueError, match=rf"custom_keys\['backbone'\] .* gives the highway {factor} .*'backbone.highway'"
+    ):
+        first_step(config)
+
+
+@pytest.mark.parametrize('keys', [dict(backbone=1), dict(backbone=0.1, backbone__highway=1, backbone__mixers=10)])
+def test_a_chosen_factor_passes_and_is_looked_at_once(running, keys):
+    config = settings('DefaultOptimWrapperConstructor', **keys)
+    running(config)
+    assert first_step(config) not in optim._unchecked
+
+
+def test_the_rate_waits_for_the_optimizer_of_the_highway(running):
+    config = settings('DefaultOptimWrapperConstructor', backbone=0.1)
+    running(config)
+    assert first_step(config, with_highway=False) in optim._unchecked
+
+
+def test_warm_up_and_scaled_rates_are_no_factors(running):
+    config = settings('DefaultOptimWrapperConstructor', decode_head=10)
+    running(config)
+    model = segmentor(e3va())
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    for group in wrapper.optimizer.param_groups:
+        group['lr'] *= 0.125  # --auto-scale-lr
+    LinearLR(wrapper.optimizer, start_factor=0.001, end=5)
+    wrapper.optimizer.step()
+    assert model.backbone not in optim._unchecked

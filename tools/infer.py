@@ -6,14 +6,14 @@ from pathlib import Path
 
 import mmcv
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import VISUALIZERS, init_default_scope
 
 import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
 from e3va_mm.checkpoints.comparison import check_fits
 from e3va_mm.checkpoints.files import read_checkpoint
 from e3va_mm.checks import check_target
-from e3va_mm.launch import read_config
+from e3va_mm.launch import add_config_arguments, read_config
 
 IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -21,12 +21,11 @@ IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('image', help='image file or folder of images')
-    parser.add_argument('config', help='config file')
+    add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out-dir', required=True, help='folder for the pictures')
     parser.add_argument('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--score-thr', type=float, default=0.3, help='lowest score of a box that is drawn')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides of the config, key=value')
     return parser.parse_args()
 
 
@@ -65,7 +64,7 @@ def main() -> None:
     args = parse_args()
     images = find_images(args.image)
     targets = targets_of(images, args.out_dir)
-    config = read_config(args.config, args.cfg_options)
+    config = read_config(args.config, args.cfg_options, args.tune)
     checkpoint = read_checkpoint(args.checkpoint)  # Says clearly what is wrong with it before anything is built.
     init_default_scope(config.default_scope)
     model, infer = load_model(config, args.checkpoint, args.device)

@@ -14,6 +14,7 @@ from e3va_mm.checkpoints.files import read_checkpoint
 from e3va_mm.checks import check_target
 from e3va_mm.launch import (
     add_common_arguments,
+    add_config_arguments,
     build_runner,
     check_data,
     end_distributed_run,
@@ -25,7 +26,7 @@ from e3va_mm.launch import (
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='predictions: a folder for segmentation, a .pkl file for detection')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')

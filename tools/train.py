@@ -11,18 +11,21 @@ from e3va_mm.checkpoints.files import read_checkpoint
 from e3va_mm.checkpoints.latest import latest_checkpoint
 from e3va_mm.launch import (
     add_common_arguments,
+    add_config_arguments,
     build_runner,
+    check_base_weights,
     check_data,
     enable_amp,
     end_distributed_run,
     load_config,
     run_float32_ops,
 )
+from e3va_mm.tune import name_bases
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    add_config_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision (CUDA)')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument(
@@ -32,6 +35,7 @@ def parse_args() -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='continue from CHECKPOINT, or, without one, from the newest whole one of the last run in the work dir',
     )
+    parser.add_argument('--random-base', action='store_true', help='train beside a frozen backbone without weights')
     add_common_arguments(parser)
     return parser.parse_args()
 
@@ -73,7 +77,11 @@ def main() -> None:
         set_resume(config, args.resume or 'auto')
     if config.get('load_from') and '://' not in config.load_from:
         read_checkpoint(config.load_from)  # Says clearly what is wrong with it before anything is built.
-    build_runner(config).train()
+    name_bases(config, download=True)
+    runner = build_runner(config)
+    if not args.random_base:
+        check_base_weights(runner.model)
+    runner.train()
     end_distributed_run()
 
 

@@ -15,7 +15,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoints.base_weights import load_base_weights, names_weights, weights_source
+from ..checkpoints.base_weights import load_base_weights, names_weights, required_tensors, weights_source
 from ..checkpoints.comparison import check_same
 from ..checkpoints.errors import CheckpointMismatchError
 from ..checkpoints.fingerprint import FINGERPRINT, describe_difference, fingerprint, frozen_tensors, named_tensors
@@ -34,7 +34,8 @@ class FrozenBackbone(BaseModule):
 
     The base weights come from the backbone's own ``init_cfg``. They are loaded by ``init_weights`` (training) or
     with the first checkpoint (test, resume, ``init_model``), whichever comes first. The state dict holds the trained
-    parameters and, under ``base_fingerprint``, a fingerprint of the base; it refuses to load onto another base.
+    parameters and, under ``base_fingerprint``, a fingerprint of the base; it refuses to load onto another base. The
+    state dict of a whole stock model (``load_from``) brings a base of its own, and takes the place of the one before.
 
     Args:
         backbone: config of the stock backbone, its ``init_cfg`` included, or a built module.
@@ -174,6 +175,10 @@ class FrozenBackbone(BaseModule):
             message = 'backbone.init_cfg names no weights: the frozen base is random, and no checkpoint will hold it'
             print_log(message, logger='current', level=logging.WARNING)
             staging.init_weights()
+        self._take_base(staging)
+
+    def _take_base(self, staging: nn.Module) -> None:
+        """Makes the weights of a module from :meth:`_staging` those of the base, and records their fingerprint."""
         self._base_record['fingerprint'] = fingerprint(frozen_tensors(staging, self._trained_base))
         if staging is not self.backbone:
             self._adopt(staging)
@@ -195,6 +200,21 @@ class FrozenBackbone(BaseModule):
         """What is trained beside the backbone, by name; in tables of parameters it is a part of its own."""
         return {}
 
+    @property
+    def freezes_base(self) -> bool:
+        """Whether any of the stock backbone is frozen: all methods but full fine-tuning do so."""
+        return bool(self._frozen)
+
+    def stock_names(self) -> list[str]:
+        """Names of the parameters that the stock backbone has brought along."""
+        return [f'backbone.{name}' for name, _ in self.backbone.named_parameters()]
+
+    def base_rate_parameters(self) -> dict[str, nn.Parameter]:
+        """What :class:`~e3va_mm.optim.MergedGroupsConstructor` trains at the base rate, by name: all that was added."""
+        stock = set(self.stock_names())
+        named = self.named_parameters()
+        return {name: value for name, value in named if value.requires_grad and name not in stock}
+
     def base_fingerprint(self) -> Tensor:
         """(number of frozen tensors,) int64; see :func:`e3va_mm.checkpoints.fingerprint.fingerprint`."""
         if 'fingerprint' in self._base_record:
@@ -208,6 +228,11 @@ class FrozenBackbone(BaseModule):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # mmengine loads with strict=False and only logs what does not fit, so the checks are made here.
         given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if self.fits_stock(given):
+            for key in given:
+                del state_dict[prefix + key]
+            given = self._load_stock(given)
+            state_dict.update({prefix + key: value for key, value in given.items()})
         found = given.pop(FINGERPRINT, None)
         self._check_keys(given)
         if not self._base_is_loaded and names_weights(self.backbone):
@@ -217,6 +242,28 @@ class FrozenBackbone(BaseModule):
         # The children load next, from the same dict: the base is given back what it holds.
         state_dict.update({f'{prefix}backbone.{name}': value for name, value in self._frozen_tensors().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _stock_module(self) -> nn.Module:
+        """One with the stock backbone's names."""
+        return self.backbone
+
+    def fits_stock(self, given: dict[str, Tensor]) -> bool:
+        """Whether a state dict has all weights of the stock backbone, by its names: that of a whole stock model has."""
+        required = required_tensors(self._stock_module(), self.family.added())
+        fits = (name in given and given[name].shape == tensor.shape for name, tensor in required.items())
+        return FINGERPRINT not in given and bool(required) and all(fits)
+
+    def _load_stock(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Takes the base from a stock state dict, leaves the rest as it is, and returns the wrapper's own state."""
+        staging = self._staging()
+        own = named_tensors(staging)
+        known = {name: given[name] for name in given.keys() & own.keys() if given[name].shape == own[name].shape}
+        staging.load_state_dict(known, strict=False)
+        self._take_base(staging)
+        unread = [*own.keys() - known.keys(), *given.keys() - known.keys()]
+        rest = f'; it differs from the model in {sorted(unread)}' if unread else ''
+        print_log(f'the frozen base comes from the backbone of the stock model in the checkpoint{rest}', 'current')
+        return self.state_dict()
 
     def _check_keys(self, given: dict[str, Tensor]) -> None:
         expected = self.state_dict()
@@ -230,7 +277,9 @@ class FrozenBackbone(BaseModule):
         if difference:
             raise CheckpointMismatchError(
                 f'the checkpoint belongs to another frozen base: {difference}; '
-                f"this model's base is given by {weights_source(self.backbone)}"
+                f"this model's base is given by {weights_source(self.backbone)}. If training began by load_from of a "
+                'stock model, name that file there: '
+                "backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')"
             )
 
     def __getstate__(self) -> dict:

@@ -11,6 +11,7 @@ from ..families.base import listen
 from ..families.first_pass import FirstPass
 from ..highway.highway import Highway, HighwayPass, HighwayStage
 from ..highway.tap_record import TapStorage
+from ..optim import check_at_first_step
 from .base import FrozenBackbone, parse_dtype
 
 _SAVED_DTYPES = {None: None, 'bfloat16': torch.bfloat16, 'float8_e4m3fn': torch.float8_e4m3fn}
@@ -85,6 +86,7 @@ class E3VABackbone(FrozenBackbone):
         self.family.accelerate()
         norms = {name: self.backbone.get_submodule(name) for name in self.family.norm_names}
         self.freeze_base({f'{name}.{part}' for name, norm in norms.items() for part, _ in norm.named_parameters()})
+        check_at_first_step(self)
 
     def _stages(self) -> list[HighwayStage]:
         stages = []
@@ -109,6 +111,10 @@ class E3VABackbone(FrozenBackbone):
         """The highway's parameters by name (the mixers' included); with the output norms, all that is trained here."""
         parts = {'highway': self.highway, 'mixers': self.mixers}
         return {f'{part}.{name}': value for part, module in parts.items() for name, value in module.named_parameters()}
+
+    def base_rate_parameters(self) -> dict[str, nn.Parameter]:
+        """Highway, mixers and output norms: all that is trained here."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Feature maps of the highway.

@@ -32,15 +32,23 @@ class TunedBackbone(FrozenBackbone):
     ) -> None:
         super().__init__(backbone, frozen_dtype, init_cfg)
         stock = copy.deepcopy(self.backbone)
+        self._stock_names = super().stock_names()
         self.method = build_method(self.family, method)
         self.method.inject(self.backbone)
-        # Weights are loaded by their stock names; where those are gone, a stock module is kept until then.
+        # Weights are loaded by their stock names; where those are gone, a stock module is kept until the first forward.
         self._stock = [stock] if list(stock.state_dict()) != list(self.backbone.state_dict()) else []
         self.trains_base = self.method.trains_backbone
         self.freeze_base(self.method.trained_names(self.backbone))
 
+    def stock_names(self) -> list[str]:
+        # Adapters that are injected into the backbone are among its parameters by now.
+        return self._stock_names
+
     def _staging(self) -> nn.Module:
-        return self._stock.pop() if self._stock else super()._staging()
+        return copy.deepcopy(self._stock[0]) if self._stock else super()._staging()
+
+    def _stock_module(self) -> nn.Module:
+        return self._stock[0] if self._stock else super()._stock_module()
 
     def _adopt(self, staging: nn.Module) -> None:
         # Some of peft's tuners start from the base weights, so they are set up once more, on the loaded ones.
@@ -49,6 +57,7 @@ class TunedBackbone(FrozenBackbone):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """images (B, 3, H, W) -> feature maps as the stock backbone's, (B, C_s, H_s, W_s) each."""
+        self._stock.clear()
         with self.frozen_forward(images):
             returned = self.method.run(self.family, images)
         maps = [self.restore_dtype(output) for output in self.family.returned_maps(returned, images)]

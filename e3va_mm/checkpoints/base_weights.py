@@ -66,7 +66,7 @@ def load_base_weights(backbone: nn.Module, added: set[str]) -> None:
     absent = sorted(name for name in added if name not in weights)
     if absent:
         print_log(f'{source} has no {first_few(absent, tensors)}: they stay as they start', logger='current')
-    required = [name for name, tensor in tensors.items() if tensor.is_floating_point() and name not in added]
+    required = list(required_tensors(backbone, added))
     if all(name in weights and weights[name].shape == tensors[name].shape for name in required):
         backbone.load_state_dict({name: weights[name] for name in weights.keys() & tensors.keys()}, strict=False)
         return
@@ -78,6 +78,12 @@ def load_base_weights(backbone: nn.Module, added: set[str]) -> None:
             return
         missing = min(missing, left, key=len)
     raise CheckpointMismatchError(describe_misfit(backbone, weights, missing, len(required), source))
+
+
+def required_tensors(backbone: nn.Module, added: set[str]) -> dict[str, Tensor]:
+    """The tensors of a stock backbone that a file of its weights must have, by name: all floats but those ``added``."""
+    tensors = named_tensors(backbone).items()
+    return {name: tensor for name, tensor in tensors if tensor.is_floating_point() and name not in added}
 
 
 def _load_by_stock(backbone: nn.Module, weights: dict[str, Tensor], prefix: str, required: list[str]) -> list[str]:

@@ -33,6 +33,8 @@ def check_same(expected: dict[str, Tensor], given: dict[str, Tensor], what: str,
 def check_fits(model: nn.Module, checkpoint: dict) -> None:
     """Compares a checkpoint with the whole model; mmengine only logs what does not fit.
 
+    Where it is of a stock model, a wrapped backbone takes its base from it, and the rest is compared as in any model.
+
     Raises:
         CheckpointMismatchError: a shape differs or, where the model has a wrapped backbone, a key.
     """
@@ -41,6 +43,13 @@ def check_fits(model: nn.Module, checkpoint: dict) -> None:
     expected = get_state_dict(model)
     # Saved by plain DDP, keys have a prefix that mmengine strips after this check.
     given = {key.removeprefix('module.'): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
-    is_adapter = any(key.endswith(FINGERPRINT) for key in expected)
     given = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    wrapped = [(f'{path}.'.lstrip('.'), each) for path, each in model.named_modules() if hasattr(each, 'fits_stock')]
+    from_stock = tuple(prefix for prefix, wrapper in wrapped if wrapper.fits_stock(_below(prefix, given)))
+    expected = {key: value for key, value in expected.items() if not key.startswith(from_stock)}
+    is_adapter = any(key.endswith(FINGERPRINT) for key in expected)
     check_same(expected, given, 'the model', (MISSING, FOREIGN, RESHAPED) if is_adapter else (RESHAPED,))
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}

@@ -17,7 +17,7 @@ from .fingerprint import FINGERPRINT, named_tensors
 
 # Where training code keeps the state dict, and what it puts before the names; what it averages comes first.
 _NESTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'teacher')
-_PREFIXES = ('module.', '_orig_mod.', 'model.', 'teacher.', 'backbone.')
+_PREFIXES = ('module.', '_orig_mod.', 'model.', 'teacher.', 'student.', 'detector.', 'backbone.')
 # By a pattern of their keys: files that fit no backbone as they are, and what to do with them.
 _FORMATS = {
     rf'(^|\.){FINGERPRINT}$': 'a checkpoint of this package, which has no base in it: name it in load_from or '
@@ -46,8 +46,10 @@ def read_weights(model: nn.Module, path: str, source: str, prefix: str | None = 
     """
     with reading(source):
         content = CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
-    while isinstance(content, dict) and (nests := [key for key in _NESTS if isinstance(content.get(key), dict)]):
-        content = content[nests[0]]
+    # A prefix is mmengine's word for a part of a whole model, of which it takes no average.
+    nests = ('state_dict', *_NESTS) if prefix else _NESTS
+    while isinstance(content, dict) and (found := [key for key in nests if isinstance(content.get(key), dict)]):
+        content = content[found[0]]
     weights = content if isinstance(content, dict) else {}
     weights = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
     if not weights:
@@ -55,6 +57,7 @@ def read_weights(model: nn.Module, path: str, source: str, prefix: str | None = 
             f'{source} holds a {type(content).__name__} without weights by name; save the state_dict() of the backbone'
         )
     if prefix:
+        weights = {key.removeprefix('module.'): value for key, value in weights.items()}
         weights = _behind(prefix.rstrip('.') + '.', weights)
     names = named_tensors(model).keys()
     while not names & weights.keys():

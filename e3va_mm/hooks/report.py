@@ -12,8 +12,10 @@ import torch
 from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from torch import nn
+from torch.optim import Optimizer
 
 from ..checkpoints.files import to_plain
 
@@ -26,38 +28,57 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     Returns:
         ``{part: {'trainable': n, 'frozen': n}}`` for the parts backbone, highway (adapters and mixers), neck and head.
     """
-    counts: dict[str, dict[str, int]] = {}
-    adapters = {
-        id(parameter)
-        for module in model.modules()
-        if hasattr(module, 'adapter_parameters')
-        for parameter in module.adapter_parameters().values()
-    }
+    counts, adapters = {}, _adapters(model)
     for name, parameter in model.named_parameters():
-        top = name.partition('.')[0]
-        part = 'highway' if id(parameter) in adapters else top if top in ('backbone', 'neck') else 'head'
-        part = counts.setdefault(part, {'trainable': 0, 'frozen': 0})
+        part = counts.setdefault(_part(name, parameter, adapters), {'trainable': 0, 'frozen': 0})
         part['trainable' if parameter.requires_grad else 'frozen'] += parameter.numel()
     return counts
 
 
-def format_table(counts: dict[str, dict[str, int]]) -> str:
-    """The counts as an aligned table with a row a part and a total."""
+def _adapters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that are a part of their own, the highway."""
+    wrappers = (module for module in model.modules() if hasattr(module, 'adapter_parameters'))
+    return {id(parameter) for wrapper in wrappers for parameter in wrapper.adapter_parameters().values()}
+
+
+def _part(name: str, parameter: nn.Parameter, adapters: set[int]) -> str:
+    top = name.partition('.')[0]
+    return 'highway' if id(parameter) in adapters else top if top in ('backbone', 'neck') else 'head'
+
+
+def learning_rates(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, set[float]]:
+    """By part, the learning rates that its parameters reach once warm-up is over."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = {id(each): group.get('initial_lr', group.get('lr')) for group in groups for each in group['params']}
+    adapters, by_part = _adapters(model), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and rates.get(id(parameter)) is not None:
+            by_part.setdefault(_part(name, parameter, adapters), set()).add(rates[id(parameter)])
+    return by_part
+
+
+def format_table(counts: dict[str, dict[str, int]], rates: dict[str, set[float]] | None = None) -> str:
+    """The counts as an aligned table with a row a part, with its least and its highest rate, and a total."""
     total = {kind: sum(part[kind] for part in counts.values()) for kind in ('trainable', 'frozen')}
-    lines = [f'{"part":<10}{"trainable":>14}{"frozen":>14}{"trainable %":>13}']
+    lines = [f'{"part":<10}{"trainable":>14}{"frozen":>14}{"trainable %":>13}' + (f'{"rate":>10}' if rates else '')]
     for part, count in [*counts.items(), ('total', total)]:
         share = 100 * count['trainable'] / max(1, count['trainable'] + count['frozen'])
-        lines.append(f'{part:<10}{count["trainable"]:>14,}{count["frozen"]:>14,}{share:>13.2f}')
+        of_part = sorted((rates or {}).get(part, ()))
+        rate = ' to '.join(f'{each:g}' for each in dict.fromkeys([*of_part[:1], *of_part[-1:]]))
+        row = f'{part:<10}{count["trainable"]:>14,}{count["frozen"]:>14,}{share:>13.2f}{rate:>10}'
+        lines.append(row.rstrip())
     return '\n'.join(lines)
 
 
 @HOOKS.register_module()
 class ParameterTableHook(Hook):
-    """Logs one table of trainable and frozen parameters by part when training starts."""
+    """Logs one table of trainable and frozen parameters, and their learning rates, by part when training starts."""
 
     def before_train(self, runner) -> None:
-        counts = count_parameters(_unwrap(runner.model))
-        runner.logger.info(f'Parameters by part\n{format_table(counts)}')
+        model, wrapper = _unwrap(runner.model), runner.optim_wrapper
+        wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        rates = learning_rates(model, [each.optimizer for each in wrappers])
+        runner.logger.info(f'Parameters by part\n{format_table(count_parameters(model), rates)}')
 
 
 @HOOKS.register_module()

@@ -37,13 +37,18 @@ def build_method(family: Family, config: dict) -> Method:
     if cls.swin_only and not isinstance(family, SwinFamily):
         name = type(family.backbone).__name__
         raise ValueError(f'{cls.__name__} is defined for SwinTransformer only, not for {name}')
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
-    named = [parameter for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
-    known, takes_any = [parameter.name for parameter in named], len(named) < len(parameters)
+    known, takes_any = known_options(cls)
     if not takes_any:
         check_options('method', options, known)
-    missing = [parameter.name for parameter in named if parameter.default is parameter.empty]
-    missing = [name for name in missing if name not in options]
+    defaults = {name: each.default for name, each in inspect.signature(cls.__init__).parameters.items()}
+    missing = [name for name in known if defaults[name] is inspect.Parameter.empty and name not in options]
     if missing:
         raise ValueError(f'method={dict(config)} lacks {missing}')
     return cls(family, **options)
+
+
+def known_options(cls: type[Method]) -> tuple[list[str], bool]:
+    """Names of the options that a method has, and whether it takes others as well."""
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
+    named = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+    return named, len(named) < len(parameters)
