@@ -31,7 +31,7 @@ if __name__ == '__main__':
 
 import e3va_mm
 from benchmarks.one_step import Trial, attempt
-from benchmarks.shrunk import configs_of, shrink
+from benchmarks.shrunk import configs_of, image_sizes, shrink
 from benchmarks.synthetic import values_of
 from benchmarks.training import ROOT, provenance
 
@@ -86,18 +86,22 @@ class StockConfig:
         kind = {**self.optim_wrapper, 'optimizer': self.optim_wrapper['optimizer']['type']}
         self.rates_key = digest([self.models['e3va'], kind])
 
-    def trial(self, name: str) -> Trial:
+    def trial(self, name: str, pixels: int = 0) -> Trial:
         init_default_scope(self.config.get('default_scope') or self.toolbox)
-        return Trial(self.models[name], self.toolbox, self.optim_wrapper)
+        return Trial(self.models[name], self.toolbox, self.optim_wrapper, pixels)
 
     def put_to_trial(self, seconds: int) -> dict[str, dict]:
         """Of ``stock``, ``e3va`` and the wrapped backbone alone, where a trial ends, and its error, if it fails."""
-        stock, tuned = self.trial('stock'), self.trial('e3va')
-        results = {'stock': {**attempt(*stock.stock_steps(), seconds=seconds), **stock.report}}
-        del stock
-        results['e3va'] = {**attempt(*tuned.steps(), seconds=seconds), **tuned.report}
+        results = {}
+        for pixels in image_sizes(self.models['stock']):
+            trial = self.trial('stock', pixels)
+            results['stock'] = {**attempt(*trial.stock_steps(), seconds=seconds), **trial.report, 'pixels': pixels}
+            if results['stock'].get('fails_at') in (None, 'build'):
+                break
+        trial = self.trial('e3va', pixels)
+        results['e3va'] = {**attempt(*trial.steps(), seconds=seconds), **trial.report}
         if 'error' in results['e3va']:
-            results['wrapped'] = attempt(tuned.wrap, seconds=seconds)
+            results['wrapped'] = attempt(trial.wrap, seconds=seconds)
         return results
 
     def check_rates(self, seconds: int) -> dict[str, str]:

@@ -17,7 +17,6 @@ from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from benchmarks.shrunk import image_size
 from benchmarks.synthetic import IMAGES, make_batch, values_of
 from e3va_mm.backbones.base import FrozenBackbone
 
@@ -64,14 +63,14 @@ class Trial:
     Args:
         model: the shrunk config.
         optim_wrapper: the config's own, as far as it says at which rates parameters train.
+        pixels: of an image's side.
 
     Attributes:
         report: ``without_gradient``, the modules that are trained but have none.
     """
 
-    def __init__(self, model: dict, toolbox: str, optim_wrapper: dict) -> None:
-        self.config, self.toolbox, self.optim_wrapper = model, toolbox, optim_wrapper
-        self.pixels = image_size(model, toolbox)
+    def __init__(self, model: dict, toolbox: str, optim_wrapper: dict, pixels: int) -> None:
+        self.config, self.toolbox, self.optim_wrapper, self.pixels = model, toolbox, optim_wrapper, pixels
         self.report: dict[str, Any] = {}
 
     def stock_steps(self) -> tuple[Callable[[], None], ...]:

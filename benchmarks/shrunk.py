@@ -14,8 +14,8 @@ from mmengine.config import Config, ConfigDict
 
 from benchmarks.training import ROOT
 
-# The least that all strides and paddings take; SSD's own sizes are larger, see `image_size`.
-SEGMENTOR_PIXELS, DETECTOR_PIXELS = 64, 128
+# Of an image's side; a few models take no image as small as the first.
+PIXELS = (64, 128, 256)
 MOST_CLASSES = 19
 
 
@@ -63,7 +63,7 @@ RULES: dict[str, Callable[[Any], Any]] = {
     'max_per_image': at_most(20),
     'nms_pre': at_most(100),
     'num': at_most(64),
-    'img_size': _square(SEGMENTOR_PIXELS),
+    'img_size': _square(PIXELS[0]),
     'batch_augments': lambda value: None,
     'init_cfg': _not_pretrained,
     'pretrained': lambda value: False if isinstance(value, bool) else None,
@@ -71,9 +71,9 @@ RULES: dict[str, Callable[[Any], Any]] = {
     'teacher_config': lambda value: str(value).replace('configs/', f'{configs_of("mmdet")}/', 1),
 }
 RULES_OF_SEGMENTORS: dict[str, Callable[[Any], Any]] = {
-    'size': _square(SEGMENTOR_PIXELS),
-    'crop_size': _square(SEGMENTOR_PIXELS),
-    'stride': lambda value: value if isinstance(value, int) else (SEGMENTOR_PIXELS, SEGMENTOR_PIXELS),
+    'size': _square(PIXELS[0]),
+    'crop_size': _square(PIXELS[0]),
+    'stride': lambda value: value if isinstance(value, int) else (PIXELS[0], PIXELS[0]),
 }
 
 
@@ -121,9 +121,7 @@ def _limit_classes(model: ConfigDict) -> None:
                 own.update(_shrunk(own.to_dict(), {'num_classes': at_most(MOST_CLASSES)}))
 
 
-def image_size(model: dict, toolbox: str) -> int:
-    """Pixels of an image's side."""
-    if toolbox == 'mmseg':
-        return SEGMENTOR_PIXELS
+def image_sizes(model: dict) -> tuple[int, ...]:
+    """Sides of images (pixels) to try a model with, until one does."""
     anchors = (model.get('bbox_head') or {}).get('anchor_generator') or {}
-    return anchors.get('input_size', DETECTOR_PIXELS)
+    return (anchors['input_size'],) if 'input_size' in anchors else PIXELS
