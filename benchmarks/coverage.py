@@ -183,7 +183,9 @@ class Results:
             self.content['without_model'].append(name)
         elif 'error' not in record:
             if record['trial'] not in trials:
-                trials[record['trial']] = config.put_to_trial(seconds)
+                trials[record['trial']] = trial = config.put_to_trial(seconds)
+                if trial['e3va'].get('fails_at') not in ('build', 'rates'):
+                    rates[config.rates_key] = {}
             if config.rates_key not in rates:
                 rates[config.rates_key] = config.check_rates(seconds)
             record['rates'] = config.rates_key

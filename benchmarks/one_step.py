@@ -8,6 +8,7 @@ import io
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from mmengine.logging import MessageHub
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from benchmarks.synthetic import IMAGES, make_batch, values_of
 from e3va_mm.backbones.base import FrozenBackbone
+
+POOL = 2**18
 
 
 class TooSlow(Exception):
@@ -51,6 +54,27 @@ def attempt(*steps: Callable[[], Any], seconds: int = 120) -> dict[str, str]:
             message = ' … '.join(dict.fromkeys([lines[0], lines[-1]]))
             return {'fails_at': step.__name__, 'error': f'{type(error).__name__}: {message}'[:300]}
     return {}
+
+
+@contextlib.contextmanager
+def quick_draws() -> Iterator[None]:
+    """Tensors are filled from numbers that have been drawn once: to draw millions anew takes most of a trial's time."""
+    normal, uniform = torch.randn(POOL), torch.rand(POOL)
+
+    def filled(tensor: Tensor, pool: Tensor, scale: float, offset: float) -> Tensor:
+        pool.copy_(pool.roll(997))  # so that no two weights are the same
+        flat = pool.repeat(-(-tensor.numel() // POOL))[: tensor.numel()]
+        with torch.no_grad():
+            return tensor.copy_(flat.view(tensor.shape)).mul_(scale).add_(offset)
+
+    def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, **_) -> Tensor:
+        return filled(tensor, normal, std, mean)
+
+    def uniform_(tensor: Tensor, low: float = 0.0, high: float = 1.0, **_) -> Tensor:
+        return filled(tensor, uniform, high - low, low)
+
+    with patch.object(Tensor, 'normal_', normal_), patch.object(Tensor, 'uniform_', uniform_):
+        yield
 
 
 def wrappers(model: nn.Module) -> dict[str, FrozenBackbone]:
@@ -96,7 +120,8 @@ class Trial:
     def build(self) -> None:
         torch.manual_seed(0)
         # As the runner does: without a process group there is nothing to synchronise.
-        self.model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(self.config)))
+        with quick_draws():
+            self.model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(self.config)))
 
     def rates(self) -> None:
         """The optimizer of the config's own constructor gives all that wrappers train the base rate."""
@@ -112,7 +137,8 @@ class Trial:
                 raise ValueError(f'{len(wrong)} parameters of {path}, such as {name}, train at {rate}, not at {base}')
 
     def initialise(self) -> None:
-        self.model.init_weights()
+        with quick_draws():
+            self.model.init_weights()
 
     def copy(self) -> None:
         self.untrained = copy.deepcopy(self.model)
