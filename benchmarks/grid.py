@@ -28,7 +28,7 @@ DATASETS = {
     # Of these there are stock configs alone, which `--tune` wraps.
     'camvid-segformer': 'configs/camvid/segformer_{}_1xb16-600_camvid-352x480.py',
     'bccd-faster-rcnn': 'configs/bccd/faster-rcnn_{}_fpn_1xb8-400_bccd.py',
-    'nuclei-mask2former': 'configs/nuclei/mask2former_{}_1xb8-600_nuclei.py',
+    'nuclei-mask2former': 'configs/nuclei/mask2former_{}_1xb8-400_nuclei.py',
 }
 BACKBONES = ('swin-nano', 'vit-tiny', 'efficientnet-lite0')
 

@@ -6,7 +6,7 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
     '../e3va_runtime.py',
 ]
-max_iters = 600
+max_iters = 400
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
