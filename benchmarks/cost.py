@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.cost_tables import group_rows, load_rows, report
 from benchmarks.methods import METHODS_HELP, backbone_of
 from benchmarks.training import ROOT, provenance, python_path
+from e3va_mm.tune import find_config
 
 TASKS = {
     'upernet': ('configs/ade20k/swin-{long}-*.py', (512, 512)),
@@ -116,11 +117,6 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     return cases
 
 
-def load_config(name: str) -> Config:
-    """That of a file, or one that a toolbox brings: ``mmdet::…``."""
-    return Config.fromstring(f'_base_ = {name!r}', '.py') if '::' in name else Config.fromfile(name)
-
-
 def jobs_of(cases: dict[str, dict], measure: str) -> list[list[str]]:
     """The names of the cases that a process measures: one, or all methods of a setting in turn."""
     if measure != 'in-turn':
@@ -139,7 +135,7 @@ def run_job(measure: str, cases: list[dict], lock: str) -> list[dict] | str:
     with tempfile.TemporaryDirectory() as folder:
         given, target, config = (Path(folder, name) for name in ('job.json', 'runs.json', 'config.py'))
         # Whole, because another checkout's package may not know how ours finds what a config is based on.
-        load_config(cases[0]['config']).dump(config)
+        Config.fromfile(find_config(cases[0]['config'])).dump(config)
         job = {'measure': measure, 'cases': [{**case, 'config': str(config)} for case in cases], 'lock': lock}
         given.write_text(json.dumps(job))
         # Our benchmarks with the case's package, whatever else the two checkouts hold.
