@@ -73,6 +73,8 @@ class StockConfig:
 
     def load(self) -> None:
         self.config = Config.fromfile(str(configs_of(self.toolbox) / self.path))
+        if self.config.get('model') and self.config.get('data_preprocessor'):
+            self.config.model.setdefault('data_preprocessor', self.config.data_preprocessor)  # as the runner does
 
     def tune(self) -> None:
         self.tuned = e3va_mm.tune(self.config, 'e3va')

@@ -15,7 +15,7 @@ from mmengine.config import Config, ConfigDict
 from benchmarks.training import ROOT
 
 # Of an image's side; a few models take no image as small as the first.
-PIXELS = (64, 128, 256)
+PIXELS = (64, 128, 256, 512)
 MOST_CLASSES = 19
 
 
@@ -56,6 +56,7 @@ RULES: dict[str, Callable[[Any], Any]] = {
     'depths': _blocks,
     'num_layers': _blocks,
     'num_queries': at_most(30),
+    'sos_token_num': at_most(30),  # SAN's queries
     'num_proposals': at_most(30),
     'num_points': lambda value: 256 if type(value) is int and value > 1000 else value,
     'fc_out_channels': at_most(128),
