@@ -122,7 +122,9 @@ def test_the_tools_start_from_a_whole_model_and_test_what_they_trained(trained, 
     state = read_checkpoint(tmp_path / 'run/iter_1.pth')['state_dict']
     assert 'backbone.mixers.0.0.down.weight' in state and not any('stages' in key for key in state)
     # The work dir's config says all, the base included.
-    again = tool('tools/test.py', tmp_path / 'run' / config.name, tmp_path / 'run/iter_1.pth', '--work-dir', tmp_path)
+    again = tool(
+        'tools/test.py', tmp_path / 'run' / config.name, tmp_path / 'run/iter_1.pth', '--work-dir', tmp_path / 'test'
+    )
     assert metric(again) == metric(log)
 
 
@@ -142,7 +144,7 @@ def test_five_lines_by_the_stock_tool(trained, shapes, tmp_path, error_of):
     mine.write_text(FIVE_LINES.format(base=config, checkpoint=checkpoint))
     command = [stock_tool('mask_rcnn_r50'), mine, '--work-dir', tmp_path / 'run']
     tool(*command)
-    error = error_of('tools/test.py', mine, tmp_path / 'run/iter_2.pth', '--work-dir', tmp_path)
+    error = error_of('tools/test.py', mine, tmp_path / 'run/iter_2.pth', '--work-dir', tmp_path / 'test')
     assert (
         "name that file there: backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')" in error
     )
