@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.cost_tables import group_rows, load_rows, report
 from benchmarks.methods import METHODS_HELP, backbone_of
 from benchmarks.training import ROOT, provenance, python_path
+from e3va_mm.tune import find_config
 
 TASKS = {
     'upernet': ('configs/ade20k/swin-{long}-*.py', (512, 512)),
@@ -46,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     add('--measure', choices=('cost', 'in-turn', 'fits'), default='cost')
     add('--tasks', nargs='*', default=list(TASKS), choices=TASKS)
     add('--sizes', nargs='+', default=['t'], choices=SIZES, help='of the Swin backbone')
-    add('--configs', nargs='*', default=[], help='stock configs to measure beside the tasks')
+    add('--configs', nargs='*', default=[], help='stock configs, mmdet::… among them, to measure beside the tasks')
     add('--methods', nargs='+', default=['full', 'full+checkpointed', 'frozen', 'e3va'], help=METHODS_HELP)
     add('--precisions', nargs='+', default=['fp32'], choices=('fp32', 'amp-fp16', 'amp-bf16'))
     add('--batch-sizes', nargs='+', type=int, default=[2])
@@ -82,7 +83,7 @@ def _labelled(text: str) -> tuple[str, str]:
 
 def models(args: argparse.Namespace) -> list[tuple[str, str, tuple[int, int]]]:
     """Name, config and default image size of what is measured."""
-    found = [(Path(config).stem, config, (512, 512)) for config in args.configs]
+    found = [(Path(config.partition('::')[2] or config).stem, config, (512, 512)) for config in args.configs]
     for task, size in itertools.product(args.tasks, args.sizes):
         pattern, image_size = TASKS[task]
         (config,) = ROOT.glob(pattern.format(short=size, long=SIZES[size]))
@@ -134,7 +135,7 @@ def run_job(measure: str, cases: list[dict], lock: str) -> list[dict] | str:
     with tempfile.TemporaryDirectory() as folder:
         given, target, config = (Path(folder, name) for name in ('job.json', 'runs.json', 'config.py'))
         # Whole, because another checkout's package may not know how ours finds what a config is based on.
-        Config.fromfile(cases[0]['config']).dump(config)
+        Config.fromfile(find_config(cases[0]['config'])).dump(config)
         job = {'measure': measure, 'cases': [{**case, 'config': str(config)} for case in cases], 'lock': lock}
         given.write_text(json.dumps(job))
         # Our benchmarks with the case's package, whatever else the two checkouts hold.

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.accuracy import dataset_of, format_runs, group_runs
 from benchmarks.held_out import FOLDS, hold_out, ranked_rates
-from benchmarks.methods import METHODS_HELP, cfg_options, config_prefix
+from benchmarks.methods import METHODS_HELP, cfg_options, config_prefix, tune_flags
 from benchmarks.training import ROOT, Run, provenance, run_all, shorten
 
 DATASETS = {
@@ -25,6 +25,10 @@ DATASETS = {
     'nuclei': 'configs/nuclei/mask-rcnn_{}_fpn_1xb8-300_nuclei.py',
     'shapes-seg': 'configs/shapes/{}_upernet_1xb8-600_shapes-96x96.py',
     'shapes-det': 'configs/shapes/retinanet_{}_fpn_1xb8-800_shapes.py',
+    # Of these there are stock configs alone, which `--tune` wraps.
+    'camvid-segformer': 'configs/camvid/segformer_{}_1xb16-600_camvid-352x480.py',
+    'bccd-faster-rcnn': 'configs/bccd/faster-rcnn_{}_fpn_1xb8-400_bccd.py',
+    'nuclei-mask2former': 'configs/nuclei/mask2former_{}_1xb8-400_nuclei.py',
 }
 BACKBONES = ('swin-nano', 'vit-tiny', 'efficientnet-lite0')
 
@@ -34,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add('--datasets', nargs='+', choices=DATASETS, default=['camvid', 'bccd', 'nuclei'])
     add('--methods', nargs='+', default=['frozen', 'e3va', 'full'], help=METHODS_HELP)
-    add('--backbones', nargs='+', choices=BACKBONES, default=['swin-nano'], help='others: not on shapes')
+    add('--backbones', nargs='+', choices=BACKBONES, default=['swin-nano'], help='others: not on shapes, and the only ones of other heads')
     add('--seeds', nargs='+', type=int, default=[0, 1, 2])
     add('--learning-rates', nargs='+', type=float, help="run each method at each; default: the config's")
     add('--held-out', action='store_true', help='validate on a fifth of the training images, to choose by; own --out')
@@ -61,13 +65,16 @@ def plan(args: argparse.Namespace) -> list[Run]:
     for seed, dataset, backbone in itertools.product(args.seeds, args.datasets, args.backbones):
         for method in args.methods:
             config = DATASETS[dataset].format(config_prefix(method) + backbone)
+            tune = ()
+            if not (ROOT / config).is_file():
+                config, tune = DATASETS[dataset].format(backbone), tune_flags(method)
             if not (ROOT / config).is_file():
                 raise SystemExit(f'there is no config for this data set and backbone: {config}')
             options = (*args.cfg_options, *cfg_options(method), *shorten(config, args.schedule))
             rates = args.learning_rates or [None]
             if args.rates_from:
                 rates = _ranked_rates(ranked, config, method)[: args.candidates]
-            runs += [Run(config, method, seed, flags, options, rate) for rate in rates]
+            runs += [Run(config, method, seed, (*flags, *tune), options, rate) for rate in rates]
     if not args.held_out:
         return runs
     folds = args.folds or [FOLDS[-1]]

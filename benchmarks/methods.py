@@ -94,6 +94,12 @@ def config_prefix(method: str) -> str:
     return {None: '', 'TunedBackbone': 'frozen-', 'E3VABackbone': 'e3va-'}[backbone_of(method).get('type')]
 
 
+def tune_flags(method: str) -> tuple[str, ...]:
+    """Flags that turn a stock config into the method's, before :func:`cfg_options`."""
+    name = method.partition('+')[0]
+    return () if name == 'full' else ('--tune', name)
+
+
 def cfg_options(method: str) -> list[str]:
     """Overrides that turn the config with :func:`config_prefix` into the method's, as ``--cfg-options`` takes them."""
     changes = {f'model.backbone.{key}': value for key, value in backbone_of(method).items() if key != 'type'}

@@ -44,7 +44,8 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         # Methods that have configs of their own are named by these.
-        variant = '' if self.method in ('full', 'frozen', 'e3va') else f'_{self.method}'
+        has_own = self.method in ('full', 'frozen', 'e3va') and '--tune' not in self.train_args
+        variant = '' if has_own else f'_{self.method}'
         rate = '' if self.learning_rate is None else f'_lr{self.learning_rate:g}'
         fold = '' if self.fold is None else f'_fold{self.fold}'
         return f'{Path(self.config).stem}{variant}{rate}{fold}_seed{self.seed}'

@@ -138,6 +138,9 @@ def test_a_resnet_says_its_branches():
     stages = e3va(dict(type='mmdet.ResNet', **RESNETS['mmdet.ResNet'])).family.stages
     assert [stage.embed_dims for stage in stages] == [8, 16, 32, 64]
     assert [block.taps for block in stages[1].blocks] == [('layer2.0.bn2',), ('layer2.1.bn2',)]
+    model = e3va(dict(type='mmdet.ResNet', depth=50, base_channels=8))
+    assert [block.taps for block in model.family.stages[1].blocks][:2] == [('layer2.0.conv3',), ('layer2.1.conv3',)]
+    assert model.highway[1].down_in.shape[1] == 16 and model.highway[1].up_out.shape[2] == 64
 
 
 def test_a_resnet_ends_behind_its_last_output():

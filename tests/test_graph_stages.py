@@ -9,7 +9,11 @@ from e3va_mm.families.base import listen
 
 MIXED = dict(mixer=dict(width=4))
 IN_GRAPH = dict(mixer=dict(width=4), graph_stages=2)
-BACKBONES = {**FAMILIES, 'mmseg Swin': swin()}
+RESNETS = {
+    'ResNet-18': dict(type='mmdet.ResNet', depth=18, base_channels=8, zero_init_residual=False),
+    'ResNet-50': dict(type='mmdet.ResNet', depth=50, base_channels=8, zero_init_residual=False, out_indices=(1, 3)),
+}
+BACKBONES = {**FAMILIES, 'mmseg Swin': swin(), **RESNETS}
 ENTERED = ('mmseg', 'swin', 'convnext', 'pvt', 'samvit')
 
 
@@ -37,9 +41,13 @@ def plain_outputs(model, batch):
             outputs.append(family.module(stage.norm)(state).unflatten(1, size).permute(0, 3, 1, 2))
         if index + 1 < len(family.stages):
             next_size = heard.levels[index + 1][1]
-            state, carried_size = family.carry(index, state, size, next_size)
-            assert carried_size == next_size
-            offset = state - family.carry(index, level, size, next_size)[0]
+            if family.pools:
+                state, start = (family.pool(index, tokens, size, next_size) for tokens in (state, level))
+            else:
+                state, carried_size = family.carry(index, state, size)
+                assert carried_size == next_size
+                start, _ = family.carry(index, level, size)
+            offset = state - start
     return outputs
 
 
@@ -73,7 +81,7 @@ def test_equals_its_definition(backbone, options):
 
 @pytest.mark.parametrize('name', [name for name in BACKBONES if not _can_be_entered(name)])
 def test_backbones_whose_blocks_the_state_can_not_enter(name):
-    with pytest.raises(ValueError, match='graph_stages=2: the blocks of this TIMMFeatures'):
+    with pytest.raises(ValueError, match='graph_stages=2: the blocks of this (TIMMFeatures|ResNet)'):
         e3va(BACKBONES[name], **IN_GRAPH)
 
 

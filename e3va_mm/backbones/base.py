@@ -147,8 +147,12 @@ class FrozenBackbone(BaseModule):
                 yield
 
     def restore_dtype(self, output: Tensor) -> Tensor:
-        """fp32 for the heads (mmcv has no bfloat16 RoIAlign), where the frozen forward ran in ``frozen_dtype``."""
-        return output.float() if self.frozen_dtype else output
+        """A map as heads can take it (mmcv has no bfloat16 RoIAlign), where the forward ran in ``frozen_dtype``."""
+        if not self.frozen_dtype:
+            return output
+        device = output.device.type
+        in_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        return output.half() if in_half and self.family.follows_autocast else output.float()
 
     def init_weights(self) -> None:
         """Loads the base (once), then applies the wrapper's own ``init_cfg``."""

@@ -93,7 +93,8 @@ class E3VABackbone(FrozenBackbone):
         for stage in self.family.stages:
             norm = stage.norm and self.family.module(stage.norm)
             block_taps = [len(block.taps) for block in stage.blocks]
-            stages.append(HighwayStage(block_taps, stage.embed_dims, norm, stage.crossing is not None))
+            tells_start = stage.crossing is not None
+            stages.append(HighwayStage(block_taps, stage.embed_dims, norm, tells_start, stage.tap_dims))
         return stages
 
     def _check_graph_stages(self, number: int, mixer: dict | None) -> None:
@@ -133,7 +134,8 @@ class E3VABackbone(FrozenBackbone):
                 self._run_frozen(images, along, highway.num_heard)
             else:
                 self._run_checked(images, along, highway.num_heard)
-            maps = [self.restore_dtype(output) for output in along.finish()]
+            maps = along.finish()
+        maps = [self.restore_dtype(output) for output in maps]
         return self.family.show(maps, images, self.training)
 
     def _run_frozen(self, images: Tensor, along: HighwayPass, num_heard: int) -> None:

@@ -59,7 +59,9 @@ class TunedBackbone(FrozenBackbone):
         """images (B, 3, H, W) -> feature maps as the stock backbone's, (B, C_s, H_s, W_s) each."""
         self._stock.clear()
         with self.frozen_forward(images):
-            return tuple(self.restore_dtype(output) for output in self.method.run(self.family, images))
+            returned = self.method.run(self.family, images)
+        maps = [self.restore_dtype(output) for output in self.family.returned_maps(returned, images)]
+        return self.family.show(maps, images, self.training)
 
     def merge(self) -> nn.Module:
         """The stock backbone with the method's updates folded into its weights; changes this module.

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..highway.highway import Size
+from ..highway.tap_record import records_gradient
 
 
 class Block(NamedTuple):
@@ -27,6 +29,7 @@ class Block(NamedTuple):
     attention: str | None = None  # its output is added to the block's input
     mlp: str | None = None  # its output is added to the residual stream
     pools: bool = False  # whether attention puts out fewer tokens than it reads
+    taps_inputs: bool = False  # whether taps are what the modules read, in place of what they put out
 
 
 class Stage(NamedTuple):
@@ -37,6 +40,7 @@ class Stage(NamedTuple):
     embed_dims: int
     norm: str | None  # name of the stage's output norm; None: the stage has no output
     crossing: str | None = None  # name of the module, if there is one, whose output is what ``carry`` makes of the end
+    tap_dims: int | None = None  # channels of its taps, where those are not embed_dims
 
 
 class Family:
@@ -51,7 +55,7 @@ class Family:
             further argument; 'NHWC'; 'NCHW'.
         num_prefix: tokens that are no patches (class, registers), ahead of the others.
         grid: name of the module whose output (B, H, W, C) tells the size of the patches' grid, where blocks do not.
-        waits: whether the state can cross to the next stage only when the size there is known.
+        pools: whether the state crosses to the next stage by :meth:`pool`, once the size there is known.
         has_more: whether the backbone goes on behind the last stage that has an output.
         uncalled: linear layers whose weights are used without calling them: nothing put there would act.
     """
@@ -59,9 +63,11 @@ class Family:
     layout = 'NLC+size'
     num_prefix = 0
     grid: str | None = None
-    waits = False
+    pools = False
     has_more = False
     uncalled: tuple[str, ...] = ()
+    # Whether its maps are in half precision where autocast is: those behind a norm are not.
+    follows_autocast = False
     # Of what the backbone returns, see :meth:`returned_maps`.
     returns_one = False
     passes_images = False
@@ -94,7 +100,7 @@ class Family:
 
     def enters_graph(self) -> bool:
         """Whether :meth:`run_block` can run on the highway's state."""
-        return not self.num_prefix and not self.waits
+        return not self.num_prefix and not self.pools
 
     def replacements(self) -> dict[str, nn.Module]:
         """By the names of modules: what the frozen pass takes in their place."""
@@ -116,7 +122,7 @@ class Family:
         """The maps in what the backbone has returned; the images themselves, which some pass on, are none."""
         self.returns_one, outputs = isinstance(returned, Tensor), returned
         outputs = [returned] if self.returns_one else list(returned)
-        self.passes_images = outputs[0] is images
+        self.passes_images = outputs[0].shape == images.shape and torch.equal(outputs[0], images)
         return outputs[self.passes_images :]
 
     def show(self, maps: list[Tensor], images: Tensor, training: bool) -> Tensor | tuple[Tensor, ...]:
@@ -151,7 +157,7 @@ class Family:
             return output[0]
         return self._from_map(output)[0] if output.ndim == 4 else output
 
-    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
+    def carry(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         """The highway's state (B, H * W, C) at the end of a stage -> at the start of the next, with its size there.
 
         Here it stays as it is: for backbones of one resolution.
@@ -196,7 +202,8 @@ class Listener:
         for name, module in self.family.replacements().items():
             yield name, partial(self._replace, module)
         for index, stage in enumerate(self.family.stages[: self.num_stages]):
-            yield from ((name, partial(self._hear_tap, index)) for block in stage.blocks for name in block.taps)
+            for block in stage.blocks:
+                yield from ((name, partial(self._hear_tap, index, block.taps_inputs)) for name in block.taps)
             if stage.end is not None:
                 yield stage.end, partial(self._hear_level, index)
             if stage.crossing is not None:
@@ -218,8 +225,8 @@ class Listener:
     def _replace(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return module(*args)
 
-    def _hear_tap(self, stage: int, args: tuple, output: Tensor) -> None:
-        self.ear.tap(stage, *self.family.tap(stage, output, self.grid))
+    def _hear_tap(self, stage: int, is_input: bool, args: tuple, output: Tensor) -> None:
+        self.ear.tap(stage, *self.family.tap(stage, args[0] if is_input else output, self.grid))
 
     def _hear_level(self, stage: int, args: tuple, output: Tensor) -> None:
         self.ear.level(stage, *self.family.level(stage, args, output, self.grid))
@@ -254,12 +261,6 @@ def listen(family: Family, ear, num_stages: int, ends_early: bool = False) -> It
             handle.remove()
 
 
-def pool_and_pad(tokens: Tensor, size: Size, next_size: Size, dims: int) -> Tensor:
-    """A stage transition without weights: averages to ``next_size``, drops channels or adds zeros up to ``dims``."""
-    pooled = F.adaptive_avg_pool2d(tokens.unflatten(1, size).permute(0, 3, 1, 2), next_size)
-    return F.pad(pooled.flatten(2).transpose(1, 2), (0, dims - tokens.shape[-1]))
-
-
 class PoolingFamily(Family):
     """Backbones of maps (B, C, H, W) whose stages begin with whole blocks, which no gradient shall enter.
 
@@ -268,7 +269,25 @@ class PoolingFamily(Family):
     """
 
     layout = 'NCHW'
-    waits = True
+    pools = True
 
-    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
-        return pool_and_pad(tokens, size, next_size, self.stages[stage + 1].embed_dims), next_size
+    def pool(self, stage: int, tokens: Tensor, size: Size, next_size: Size) -> Tensor:
+        """Tokens (B, H * W, C) at the end of a stage -> (B, L, C') at the start of the next; keeps nothing."""
+        pool = _Pooling.apply if records_gradient() else F.adaptive_avg_pool2d
+        pooled = pool(tokens.unflatten(1, size).permute(0, 3, 1, 2), next_size).flatten(2).transpose(1, 2)
+        return F.pad(pooled, (0, self.stages[stage + 1].embed_dims - tokens.shape[-1]))
+
+
+class _Pooling(torch.autograd.Function):
+    """Adaptive average pooling, of which autograd would keep the input for the sake of its shape."""
+
+    @staticmethod
+    def forward(ctx, image: Tensor, size: Size) -> Tensor:
+        ctx.shape = image.shape
+        return F.adaptive_avg_pool2d(image, size)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        like = grad.new_empty(1).expand(ctx.shape)
+        return torch.ops.aten._adaptive_avg_pool2d_backward(grad.contiguous(), like), None

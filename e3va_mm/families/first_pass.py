@@ -41,13 +41,13 @@ class FirstPass:
             self.along.level(stage, tokens, size)
 
     def start(self, stage: int, tokens: Tensor) -> None:
-        carried, _ = self.family.carry(stage, *self.before, None)
+        carried, _ = self.family.carry(stage, *self.before)
         self._compare(stage, carried, tokens, f'behind {self.family.stages[stage].crossing!r}')
         self.along.start(stage, tokens)
 
     def _through_blocks(self, stage: int) -> Tensor:
         """What the highway's state is at the end of a stage in the graph, where nothing has been trained."""
-        tokens, size = self.family.carry(stage - 1, *self.before, None)
+        tokens, size = self.family.carry(stage - 1, *self.before)
         for number in range(len(self.family.stages[stage].blocks)):
             tokens = self.family.run_block(stage, number, tokens, size)
         return tokens

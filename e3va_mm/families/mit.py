@@ -45,6 +45,6 @@ class MiTFamily(Family):
     def published_norm(self, stage: Stage) -> nn.Module:
         return self._norm(self.stages.index(stage))
 
-    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
+    def carry(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         normed = self._norm(stage)(tokens.to(self._norm(stage).weight.dtype))
         return self.backbone.layers[stage + 1][0](normed.transpose(1, 2).unflatten(2, size))

@@ -30,7 +30,7 @@ class SwinFamily(Family):
         super().__init__(backbone, stages)
         self.has_more = num_stages < len(backbone.stages)
 
-    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
+    def carry(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         """The stage's own patch merging."""
         return self.backbone.stages[stage].downsample(tokens, size)
 

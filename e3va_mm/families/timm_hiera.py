@@ -69,7 +69,7 @@ class HieraFamily(TIMMFamily):
         image = model.reroll(output, model.stage_ends[stage])
         return image.flatten(1, 2), tuple(image.shape[1:3])
 
-    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
+    def carry(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         model = self.backbone.model
         block = model.blocks[model.stage_ends[stage] + 1]
         stride = model.q_stride if stage < model.q_pool else (1, 1)

@@ -26,7 +26,7 @@ class SwinFamily(TIMMFamily):
     def prepare(self, images: Tensor) -> Tensor:
         return pad_to(images, self.backbone.model.patch_embed.patch_size[0])
 
-    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
+    def carry(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         return self._from_map(self.backbone.model.layers[stage + 1].downsample(tokens.unflatten(1, size)))
 
     def new_norm(self, model: nn.Module, stage: int) -> nn.Module:
@@ -55,7 +55,7 @@ class PVTFamily(TIMMFamily):
                 hook.remove()
         return [tokens.transpose(1, 2).view_as(feature) for tokens, feature in zip(heard, features)]
 
-    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
+    def carry(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         norm, downsample = self.backbone.model.stages[stage].norm, self.backbone.model.stages[stage + 1].downsample
         # Not by a call, which :meth:`maps` would take for the frozen pass.
         following = downsample(norm.forward(tokens).transpose(1, 2).unflatten(2, size))
@@ -74,7 +74,7 @@ class ConvNeXtFamily(TIMMFamily):
     def describe(self, model: nn.Module) -> list[Stage]:
         return staged(model, 'stages', lambda name, block: Block(name, (f'{name}.drop_path',)))
 
-    def carry(self, stage: int, tokens: Tensor, size: Size, next_size: Size | None) -> tuple[Tensor, Size]:
+    def carry(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         image = tokens.transpose(1, 2).unflatten(2, size)
         return self._from_map(self.backbone.model.stages[stage + 1].downsample(image))
 

@@ -71,7 +71,7 @@ def stage_delta(record: TapRecord, weights: AdapterWeights) -> Tensor:
         weights: the ``N`` adapters. The products run in the taps' dtype; the weights keep theirs.
 
     Returns:
-        (..., C) in the taps' dtype, with gradient to the weights alone.
+        (..., C), C that of the stage, in the taps' dtype, with gradient to the weights alone.
 
     Raises:
         ValueError: the record does not hold ``N`` taps.
@@ -81,10 +81,11 @@ def stage_delta(record: TapRecord, weights: AdapterWeights) -> Tensor:
         raise ValueError(f'this stage has {len(weights.down_in)} adapters but was given {record.num_taps} taps')
     if record.kept is None and records_gradient() and weights.down_in.requires_grad:
         raise RuntimeError('the taps were recorded under no_grad, so the gradient of the adapters is not to be had')
+    shape = (*record.shape[:-1], weights.bottleneck.up_bias.shape[-1])
     if not records_gradient():
-        return expand_ranks(record.reduced, weights.bottleneck)[0].view(record.shape)
+        return expand_ranks(record.reduced, weights.bottleneck)[0].view(shape)
     reduced = TapReduction.apply(record.reduced, record.kept, record.scales, record.sample, weights.down_in)
-    return RankExpansion.apply(reduced, *weights.bottleneck).view(record.shape)
+    return RankExpansion.apply(reduced, *weights.bottleneck).view(shape)
 
 
 def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:

@@ -6,8 +6,9 @@ With ``x_s`` the frozen tokens at the end of stage ``s`` and ``carry_s`` the way
     map_s = norm_s(mix_s(h_s))
     offset_{s+1} = carry_s(mix_s(h_s)) - carry_s(x_s)
 
-which is the paper's recursion (arXiv 2306.09729), since a stage ends at its start plus its taps. ``mix`` is the
-identity without mixers. In the last stages the state may run through the backbone's blocks itself, an extension::
+which is the paper's recursion (arXiv 2306.09729), since a stage ends at its start plus its taps. Where ``carry_s`` is a
+pooling, which is linear, it carries the difference ``mix_s(h_s) - x_s`` alone. ``mix`` is the identity without mixers.
+In the last stages the state may run through the backbone's blocks itself, an extension::
 
     h <- mix_b(block_b(h)) for each block b
 
@@ -36,6 +37,7 @@ class HighwayStage(NamedTuple):
     embed_dims: int
     norm: nn.Module | None  # over the last dimension; none where the stage has no output
     tells_start: bool  # whether the frozen pass is heard at the start of the next stage
+    tap_dims: int | None = None  # channels of its taps; None: embed_dims
     adapters: StageAdapters | None = None  # none where the stage has no taps, or is in the graph
     mixers: tuple[StateMixer, ...] = ()  # at most one; of a stage in the graph one behind each block
     num_graph_blocks: int = 0  # blocks that the state itself runs through
@@ -48,8 +50,8 @@ class Highway(nn.Module):
 
     Args:
         stages: of the backbone, up to the last one that has an output.
-        route: how the state crosses from stage to stage (``carry``) and through blocks (``run_block``): a
-            :class:`~e3va_mm.families.base.Family`.
+        route: how the state crosses from stage to stage (``carry``, or ``pool`` where it ``pools``) and through blocks
+            (``run_block``): a :class:`~e3va_mm.families.base.Family`.
         adapter: options of :class:`~.stage_adapters.StageAdapters`.
         mixer: options of :class:`~.mixer.StateMixer`, or None for none.
         graph_stages: so many of the last stages run on the state, with mixers in place of adapters.
@@ -79,7 +81,8 @@ class Highway(nn.Module):
             in_graph, first = index >= self.num_heard, len(self.adapters)
             for num_taps in stage.block_taps if in_graph else [sum(stage.block_taps)]:
                 has_adapters, has_mixer = num_taps and not in_graph, num_taps and mixer is not None
-                adapters = StageAdapters(num_taps, stage.embed_dims, **adapter) if has_adapters else nn.Identity()
+                options = dict(adapter, tap_dims=stage.tap_dims)
+                adapters = StageAdapters(num_taps, stage.embed_dims, **options) if has_adapters else nn.Identity()
                 self.adapters.append(adapters)
                 self.mixers.append(nn.ModuleList([StateMixer(stage.embed_dims, **mixer)] if has_mixer else []))
             own = dict(
@@ -104,11 +107,12 @@ class HighwayPass:
         self.with_grad = torch.is_grad_enabled()
         self.mixers = highway.mixer_weights()
         self.records: dict[int, TapRecord] = {}
-        self.end: tuple[int, Tensor, Size] | None = None
         # The state at the start of a stage, and what it has more than the frozen tokens there.
         self.state: Tensor | None = None
         self.offset: Tensor | None = None
         self.size: Size | None = None
+        # What the state has more at the end of a stage, until the size at the start of the next is known.
+        self.difference: tuple[int, Tensor, Size] | None = None
         self.map_dtype: torch.dtype | None = None
         self.maps: list[Tensor] = []
 
@@ -116,18 +120,15 @@ class HighwayPass:
         """Hears the next tap of a stage, (B, L, C) of ``size``, where the family can tell that."""
         if stage not in self.records:
             with torch.set_grad_enabled(self.with_grad):
-                self._leave_stage(size)
+                self._pool(size)
                 self.records[stage] = self.highway.stages[stage].adapters.record()
         self.records[stage].add(tokens)
 
     def level(self, stage: int, tokens: Tensor, size: Size) -> None:
         """Hears the tokens (B, H * W, C) at the end of a stage, with their height and width."""
         with torch.set_grad_enabled(self.with_grad):
-            self._leave_stage(size)
-            # In-place activations come next in many networks.
-            self.end = stage, tokens.clone() if self.route.waits else tokens, size
-            if not self.route.waits:
-                self._leave_stage(None)
+            self._pool(size)
+            self._leave_stage(stage, tokens, size)
 
     def start(self, stage: int, tokens: Tensor) -> None:
         """Hears the frozen tokens (B, L, C) at the start of the stage behind this one, where the family can tell."""
@@ -142,46 +143,52 @@ class HighwayPass:
             (B, C_s, H_s, W_s) of each stage with an output. Gradient flows to adapters, mixers and norms, and from
             stages in the graph through the backbone's blocks.
         """
-        self._leave_stage(None)
         for index in range(self.highway.num_heard, len(self.highway.stages)):
             for number in range(self.highway.stages[index].num_graph_blocks):
-                self.state, self.size = self._step(index, number, self.state, self.size, None)
+                self.state, self.size = self._step(index, number, self.state, self.size)
         return tuple(self.maps)
 
-    def _leave_stage(self, next_size: Size | None) -> None:
-        """From the end of the stage heard last, if there is one, to the start of the next."""
-        if self.end is None:
-            return
-        (index, tokens, size), self.end = self.end, None
-        stage, state = self.highway.stages[index], tokens
+    def _pool(self, next_size: Size | None) -> None:
+        """The difference that waits at the end of a stage, to the next one's start, once the size there is known."""
+        if self.difference is not None and next_size is not None:
+            (index, difference, size), self.difference = self.difference, None
+            self.offset = self.route.pool(index, difference, size, next_size)
+
+    def _leave_stage(self, index: int, tokens: Tensor, size: Size) -> None:
+        """From the taps of a stage and its end to its map, and to the start of the next where that is known."""
+        stage = self.highway.stages[index]
         self.map_dtype = _at_least_fp32(tokens.dtype) if self.highway.precise_maps else tokens.dtype
-        if self.offset is not None:
-            state = state + self.offset
+        difference, self.offset = self.offset, None
         if stage.adapters is not None:
-            delta = stage.adapters(self._record(index, tokens))
             # At least fp32, also for half-precision deltas: they are summed over the whole depth.
-            state = state + _precise(delta)
-        self.state, self.size = self._step(index, 0, state, size, next_size)
-        if not stage.tells_start and index + 1 < self.highway.num_heard:
+            delta = _precise(stage.adapters(self._record(index, tokens)))
+            difference = delta if difference is None else difference + delta
+        # Copied at the least: in-place activations come next in many networks.
+        state = tokens.clone() if difference is None else tokens + difference
+        self.state, self.size = self._step(index, 0, state, size)
+        if self.route.pools and self.state is not None:
+            difference = self.state - tokens if stage.mixers else difference
+            self.difference = None if difference is None else (index, difference, size)
+            self.state = None
+        elif not stage.tells_start and index + 1 < self.highway.num_heard and not self.route.pools:
             with torch.no_grad():
-                start, _ = self.route.carry(index, tokens, size, next_size)
+                start, _ = self.route.carry(index, tokens, size)
             self.start(index, start)
 
     def _record(self, index: int, tokens: Tensor) -> TapRecord:
         record = self.records.pop(index, None)
         num_taps = len(self.highway.stages[index].adapters.down_in)
-        if record is None or record.num_taps != num_taps or record.shape != tokens.shape:
+        if record is None or record.num_taps != num_taps or record.shape[:-1] != tokens.shape[:-1]:
             heard = 'none' if record is None else f'{record.num_taps} of shape {tuple(record.shape)}'
             raise ValueError(f'stage {index} has {num_taps} taps of shape {tuple(tokens.shape)}, but heard {heard}')
         return record
 
-    def _step(
-        self, index: int, number: int, state: Tensor, size: Size, next_size: Size | None
-    ) -> tuple[Tensor | None, Size | None]:
+    def _step(self, index: int, number: int, state: Tensor, size: Size) -> tuple[Tensor | None, Size | None]:
         """Through a block in the graph, if there is one, and a mixer; at the end of a stage its map comes out.
 
         Returns:
-            The state behind it, or at the start of the next stage (None behind the last), and its size.
+            The state behind it, at the start of the next stage (None behind the last) but for one that is pooled, and
+            its size.
         """
         highway, stage = self.highway, self.highway.stages[index]
         mixer = self.mixers[index][number] if stage.mixers else None
@@ -199,16 +206,19 @@ class HighwayPass:
             output = None if norm is None else normed_map(norm, state.to(dtype), size)
             if is_last:
                 return output, None
-            if ends_stage:
-                state, sizes[0] = route.carry(index, state, size, next_size)
+            if ends_stage and not route.pools:
+                state, sizes[0] = route.carry(index, state, size)
             return output, _precise(state)
 
-        # All of it is cheap, or in the graph, and starts from the same state: one copy of that serves all.
         parameters = (*(mixer or ()), *(() if norm is None else norm.parameters()))
-        output, carried = recomputed(go, highway.state_dtype, state, *parameters)
+        if route.pools and not parameters:
+            output, behind = go(state)  # Keeps nothing.
+        else:
+            # All of it is cheap, or in the graph, and starts from the same state: one copy of that serves all.
+            output, behind = recomputed(go, highway.state_dtype, state, *parameters)
         if output is not None:
             self.maps.append(output)
-        return carried, sizes[0]
+        return behind, sizes[0]
 
 
 def normed_map(norm: nn.Module, tokens: Tensor, size: Size) -> Tensor:

@@ -28,6 +28,7 @@ class StageAdapters(nn.Module):
     Args:
         num_adapters: taps of the stage: two a block for Swin.
         embed_dims: width ``C`` of the stage's tokens.
+        tap_dims: width of its taps, where that is another.
         rank: rank of a branch.
         branches: low-rank branches summed in a projection.
         hidden_ratio: hidden width of the bottleneck over ``embed_dims``.
@@ -48,6 +49,7 @@ class StageAdapters(nn.Module):
         hidden_ratio: float = 0.5,
         init: str = 'zero',
         storage: TapStorage = EXACT,
+        tap_dims: int | None = None,
     ) -> None:
         super().__init__()
         check_count('adapter.rank', rank)
@@ -56,7 +58,7 @@ class StageAdapters(nn.Module):
         check_choice('init', init, INITS)
         width, hidden = rank * branches, max(1, int(embed_dims * hidden_ratio))
         self.init, self.storage = init, storage
-        self.down_in = nn.Parameter(torch.empty(num_adapters, embed_dims, width))
+        self.down_in = nn.Parameter(torch.empty(num_adapters, tap_dims or embed_dims, width))
         self.core = nn.Parameter(torch.empty(num_adapters, branches, rank, rank))
         self.down_out = nn.Parameter(torch.empty(num_adapters, width, hidden))
         self.down_bias = nn.Parameter(torch.empty(num_adapters, hidden))
@@ -86,7 +88,7 @@ class StageAdapters(nn.Module):
         """Sum of the deltas of the stage's taps.
 
         Args:
-            record: ``num_adapters`` taps (B, L, C) without gradient.
+            record: ``num_adapters`` taps (B, L, tap_dims) without gradient.
 
         Returns:
             (B, L, C) in the taps' dtype; gradient flows to the adapters alone.
@@ -95,4 +97,4 @@ class StageAdapters(nn.Module):
 
     def extra_repr(self) -> str:
         num_adapters, branches, rank, _ = self.core.shape
-        return f'{num_adapters} adapters, embed_dims={self.down_in.shape[1]}, rank={rank}, branches={branches}'
+        return f'{num_adapters} adapters, embed_dims={self.up_out.shape[-1]}, rank={rank}, branches={branches}'

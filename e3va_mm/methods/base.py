@@ -31,6 +31,6 @@ class Method(nn.Module):
         """Names of the backbone's own parameters, and of its buffers, that training changes."""
         return set()
 
-    def run(self, family: Family, images: Tensor) -> tuple[Tensor, ...]:
-        """images (B, 3, H, W) -> the feature maps, (B, C_s, H_s, W_s) each."""
-        return family.backbone(images)
+    def run(self, family: Family, images: Tensor) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
+        """images (B, 3, H, W) -> what the backbone returns: feature maps, (B, C_s, H_s, W_s) each."""
+        return family.run(images)

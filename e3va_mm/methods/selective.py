@@ -28,8 +28,8 @@ class Frozen(Method):
     """Nothing in the backbone is trained and no gradient enters it."""
 
     @torch.no_grad()
-    def run(self, family: Family, images: Tensor) -> tuple[Tensor, ...]:
-        return family.backbone(images)
+    def run(self, family: Family, images: Tensor) -> Tensor | tuple[Tensor, ...] | list[Tensor]:
+        return super().run(family, images)
 
 
 class BitFit(Method):
