@@ -38,7 +38,13 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add('--datasets', nargs='+', choices=DATASETS, default=['camvid', 'bccd', 'nuclei'])
     add('--methods', nargs='+', default=['frozen', 'e3va', 'full'], help=METHODS_HELP)
-    add('--backbones', nargs='+', choices=BACKBONES, default=['swin-nano'], help='others: not on shapes, and the only ones of other heads')
+    add(
+        '--backbones',
+        nargs='+',
+        choices=BACKBONES,
+        default=['swin-nano'],
+        help='others: not on shapes, and the only ones of other heads',
+    )
     add('--seeds', nargs='+', type=int, default=[0, 1, 2])
     add('--learning-rates', nargs='+', type=float, help="run each method at each; default: the config's")
     add('--held-out', action='store_true', help='validate on a fifth of the training images, to choose by; own --out')
