@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import pages
+from benchmarks import coverage_tables, pages
 from benchmarks.accuracy import format_runs, group_runs, with_more_seeds
 from benchmarks.cost_tables import load_rows, report
 from benchmarks.formats import table
@@ -23,6 +23,12 @@ from e3va_mm.families.registry import TABLE
 RESULTS, REPORT = ROOT / 'benchmarks/results', 'benchmarks/README.md'
 TRAININGS = ('small_sets', 'folds', 'guard', 'backbones', 'rates', 'shapes_methods_cpu')
 COSTS = ('swin', 'dinov2', 'methods', 'small_sets', 'mixers', 'cpu', 'cpu_sizes', 'cpu_mixers')
+
+COVERAGE = {
+    'toolboxes': coverage_tables.format_toolboxes,
+    'backbones': coverage_tables.format_backbones,
+    'failures': coverage_tables.format_failures,
+}
 
 
 def _runs(path: Path) -> str:
@@ -59,6 +65,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/memory.md', 'fits', pages.format_fits, ('fits',)),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),
     ('docs/backbones.md', 'families', _families, ()),
+    *(('docs/coverage.md', name, make, ('coverage',)) for name, make in COVERAGE.items()),
     (REPORT, 'before_after_cost', _costs, ('before_after_cost',)),
     (REPORT, 'before_after_accuracy', pages.format_packages, ('before_after_accuracy',)),
     (REPORT, 'soak', _soak, ('soak',)),

@@ -251,6 +251,15 @@ def test_what_returns_no_maps_is_refused(returned, message):
         e3va(Own(returned))
 
 
+def test_a_backbone_that_takes_one_size_of_image_is_tried_out_with_it():
+    init_default_scope('mmseg')
+    model = e3va(dict(type='mmseg.BEiT', **_VIT, img_size=(48, 80)))
+    assert all(stage.blocks for stage in model.family.stages)
+    with pytest.raises(TypeError, match='BEiT could not be tried out'):
+        model.backbone.img_size = (48, 96)
+        e3va(model.backbone)
+
+
 def test_a_trident_is_refused():
     with pytest.raises(TypeError, match='TridentResNet .* other maps in training'):
         e3va(dict(type='mmdet.TridentResNet', depth=50, num_branch=3, test_branch_idx=1, trident_dilations=(1, 2, 3),

@@ -75,9 +75,9 @@ def _probe_images(backbone: nn.Module) -> Tensor:
     """Noise that the backbone can take."""
     stem = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
     channels = dict.fromkeys([3, getattr(stem, 'in_channels', 3)])
-    error = None
+    sizes, error = _probe_sizes(backbone), None
     for number in channels:
-        for size in _PROBES:
+        for size in sizes:
             images = torch.randn(2, number, *size, generator=torch.Generator().manual_seed(0))
             images = images.to(next(backbone.parameters(), images).device)
             try:
@@ -87,9 +87,16 @@ def _probe_images(backbone: nn.Module) -> Tensor:
             else:
                 return images
     raise TypeError(
-        f'{type(backbone).__name__} could not be tried out with images of {_PROBES} to find where to listen: '
+        f'{type(backbone).__name__} could not be tried out with images of {sizes} to find where to listen: '
         f'{type(error).__name__}: {error}'
     ) from error
+
+
+def _probe_sizes(backbone: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Its own size comes last, for those whose positions have learned one size alone (BEiT's)."""
+    own = getattr(backbone, 'img_size', None)
+    own = (own, own) if isinstance(own, int) else own
+    return (*_PROBES, tuple(own)) if own else _PROBES
 
 
 def _run(backbone: nn.Module, images: Tensor, training: bool) -> tuple[list[Tensor], dict[str, list[Call]]]:
