@@ -115,7 +115,7 @@ def _causes(factor: float) -> list[str] | None:
 
 
 def _advice(causes: list[str], factor: float) -> str:
-    source = f'optim_wrapper.paramwise_cfg.custom_keys[{causes[0]!r}]' if causes else 'optim_wrapper'
+    source = f'optim_wrapper.paramwise_cfg.custom_keys[{causes[0]!r}]' if causes else 'layer decay in optim_wrapper'
     return (
         f'{source} is meant for the backbone, and gives the highway {factor:g} of the learning rate. Add to '
         "custom_keys 'backbone.highway': dict(lr_mult=1), 'backbone.mixers': dict(lr_mult=1); or set "
@@ -123,24 +123,20 @@ def _advice(causes: list[str], factor: float) -> str:
     )
 
 
-# Wrappers whose highway has not been trained for a step yet.
-_unchecked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def check_at_first_step(wrapper: nn.Module) -> None:
-    """Has :func:`check_highway_rate` done when an optimizer first updates ``wrapper``, whichever tool runs it."""
-    _unchecked.add(wrapper)
+    """Has :func:`check_highway_rate` done when an optimizer takes its first step, whichever tool runs it."""
+    _wrappers.add(wrapper)
 
 
 def _check_first_step(optimizer: Optimizer, args, kwargs) -> None:
-    if not _unchecked:
-        return
-    updated = {id(parameter) for group in optimizer.param_groups for parameter in group['params']}
-    for wrapper in list(_unchecked):
-        highway = wrapper.adapter_parameters()
-        if any(id(parameter) in updated for parameter in highway.values()):
-            check_highway_rate(highway, optimizer)
-            _unchecked.discard(wrapper)
+    if optimizer not in _checked:
+        _checked.add(optimizer)
+        for wrapper in list(_wrappers):
+            check_highway_rate(wrapper.adapter_parameters(), optimizer)
 
 
 # Of all hooks that a config of five lines runs by, with the toolbox's own tool, this one alone sees the optimizer.

@@ -25,6 +25,7 @@ _E3VA_OPTIONS = list(inspect.signature(E3VABackbone.__init__).parameters)[2:]
 _TUNED_OPTIONS = ['frozen_dtype', 'init_cfg']
 _CONSTRUCTOR = 'MergedGroupsConstructor'
 _DEFAULT_CONSTRUCTORS = ('DefaultOptimWrapperConstructor', 'ForceDefaultOptimWrapperConstructor', _CONSTRUCTOR)
+_HOOKS = ('ParameterTableHook', 'ResourceReportHook')
 _LAYER_DECAY = ('num_layers', 'decay_rate', 'decay_type', 'layer_decay_rate')
 
 
@@ -35,7 +36,8 @@ def tune(config: Config | str | Path, method: str = 'e3va', **options) -> Config
     - ``pretrained``, a ``load_from`` and the ``init_cfg`` of a whole model become the ``init_cfg`` of the backbone.
     - What is trained beside the backbone learns at the optimizer's own rate, see
       :class:`~e3va_mm.optim.MergedGroupsConstructor`; layer decay ends, since nothing is left to decay.
-    - ``custom_imports`` name this package, so that any program can load the result.
+    - ``custom_imports`` name this package, so that any program can load the result, and hooks report what is trained,
+      at which rates, and what a step costs.
 
     Args:
         config: a config, its path, or its name in a toolbox, such as
@@ -56,7 +58,7 @@ def tune(config: Config | str | Path, method: str = 'e3va', **options) -> Config
     _wrap(config, wrapper)
     name_bases(config)
     _set_rates(config.get('optim_wrapper'))
-    _import_this_package(config)
+    _add_package(config)
     return config
 
 
@@ -213,13 +215,16 @@ def _set_rates(optim_wrapper: dict | None) -> None:
     _say(f'optim_wrapper.constructor={_CONSTRUCTOR}: what is added learns at the base rate{rest}')
 
 
-def _import_this_package(config: Config) -> None:
+def _add_package(config: Config) -> None:
     given = config.get('custom_imports') or {}
     imports = given.get('imports', [])
     imports = [imports] if isinstance(imports, str) else list(imports)
     if 'e3va_mm' not in imports:
         allowed = given.get('allow_failed_imports', False)
         config.custom_imports = ConfigDict(imports=[*imports, 'e3va_mm'], allow_failed_imports=allowed)
+    hooks = list(config.get('custom_hooks') or [])
+    missing = [name for name in _HOOKS if name not in {_type_name(hook['type']) for hook in hooks}]
+    config.custom_hooks = [*hooks, *(ConfigDict(type=name) for name in missing)]
 
 
 def _say(change: str) -> None:

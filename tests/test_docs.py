@@ -10,6 +10,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from e3va_mm.tune import find_config, tune
+
 PAGES = sorted(
     path
     for pattern in ('*.md', 'docs/*.md', 'configs/*/README.md', 'benchmarks/*.md', 'e3va_mm/weights/*.md')
@@ -45,27 +47,30 @@ def python_blocks(page: str) -> list[str]:
     return re.findall(r'^```python\n(.*?)^```$', (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-CONFIGS = [block for page in ('README.md', 'docs/your_config.md') for block in python_blocks(page) if '_base_' in block]
+CONFIGS = [block for block in python_blocks('docs/your_config.md') if '_base_' in block]
 
 
 @pytest.mark.parametrize('number', range(len(CONFIGS)))
 def test_configs_on_the_pages_build(number, tmp_path):
     """Their backbones, in full size, and the optimizer's groups, of which the highway has the rate of the head."""
-    stock = next(block for block in CONFIGS if 'start_level=0' in block)
-    (tmp_path / 'retinanet_stock.py').write_text(stock)
     (tmp_path / 'mine.py').write_text(CONFIGS[number])
     config = Config.fromfile(tmp_path / 'mine.py')
+    config = config if config.model.backbone.type == 'E3VABackbone' else tune(config)
     init_default_scope(config.default_scope)
-    if CONFIGS[number] == stock:
-        assert config.model.backbone.out_indices == (1, 2, 3)
-        return
-    assert config.model.backbone.type == 'E3VABackbone'
     model = nn.Module()
     model.backbone = MODELS.build(config.model.backbone)
     optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
     highway = {id(parameter) for parameter in model.backbone.highway.parameters()}
     rates = {group['lr'] for group in optimizer.param_groups for each in group['params'] if id(each) in highway}
     assert rates == {config.optim_wrapper.optimizer.lr}
+
+
+NAMES = {name for page in PAGES for name in re.findall(r'mm(?:det|seg)::\w+/[\w./-]+', page.read_text())}
+
+
+@pytest.mark.parametrize('name', sorted(NAMES))
+def test_configs_that_the_pages_name_are_there(name):
+    assert find_config(name).is_file()
 
 
 def explained_messages() -> list[str]:

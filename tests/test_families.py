@@ -202,65 +202,6 @@ def test_taps_in_the_config_that_are_too_few():
         e3va(RESNET, taps=RESNET_TAPS[:3])(images())
 
 
-ANYWHERE = [dict(type=name) for name in ('Full', 'Frozen', 'BitFit', 'NormTuning', 'Partial')]
-TRANSFORMERS = [dict(type='Adapter'), dict(type='AdaptFormer'), dict(type='LoRand'), dict(type='LoRA', r=2)]
-
-
-def tuned(backbone, method):
-    torch.manual_seed(0)
-    return MODELS.build(dict(type='TunedBackbone', backbone=backbone, method=method))
-
-
-@every_family
-def test_comparison_methods(backbone):
-    torch.manual_seed(0)
-    expected = MODELS.build(backbone).eval()(images())
-    name = str(backbone)
-    pools = 'hiera' in name
-    methods = ANYWHERE + TRANSFORMERS * (pools or 'patch' in name or 'pvt_v2_b0' in name)
-    for method in methods:
-        if pools and method['type'] == 'AdaptFormer':
-            method = dict(method, attention=False)
-        model = tuned(backbone, method).train()
-        outputs = model(images())
-        if method['type'] != 'Full':  # its batch norms and dropout are those of training
-            assert_close(list(outputs), list(expected))
-        if method['type'] != 'Frozen':
-            sum(output.square().mean() for output in stir(model)(images())).backward()
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is not None) == parameter.requires_grad, (method, name)
-        assert any(parameter.requires_grad for parameter in model.parameters()) == (method['type'] != 'Frozen')
-
-
-@every_family
-def test_no_norm_of_bitfit_has_its_stock_backward(backbone):
-    """CUDA's fails where the bias is trained and the weight is not."""
-    for name, module in tuned(backbone, dict(type='BitFit')).backbone.named_modules():
-        if isinstance(module, torch.nn.LayerNorm) and module.bias is not None:
-            assert type(module).__name__.endswith('WithFreeBias') and not module.weight.requires_grad, name
-
-
-def test_lora_where_it_would_do_nothing():
-    with pytest.raises(ValueError, match=r"target_modules has \['qkv'\], but this backbone uses"):
-        tuned(timm_features('swinv2_base_window12_192'), dict(type='LoRA'))
-    with pytest.raises(ValueError, match=r"target_modules has \['qkv'\]"):
-        tuned(timm_features('swinv2_base_window12_192'), dict(type='LoRA', target_modules=r'.*\.qkv'))
-    tuned(timm_features('swinv2_base_window12_192'), dict(type='LoRA', target_modules=['proj']))
-
-
-@pytest.mark.parametrize('method', ['Mona', 'LST', 'DTL'])
-def test_methods_that_need_a_swin(method):
-    with pytest.raises(ValueError, match=f'{method} is defined for SwinTransformer only, not for TIMMFeatures'):
-        tuned(timm_features(), dict(type=method))
-
-
-def test_methods_that_need_attention():
-    with pytest.raises(ValueError, match='needs blocks with attn and mlp, and InvertedResidual has not both'):
-        tuned(timm_features('mobilenetv2_050'), dict(type='Adapter'))
-    with pytest.raises(ValueError, match='attention=True does not fit HieraBlock, whose attention pools'):
-        tuned(timm_features('hiera_tiny_224'), dict(type='AdaptFormer'))
-
-
 def test_every_family_of_the_table_is_tested():
     modules = {timm.models.model_entrypoint(name).__module__.rpartition('.')[2] for name in TIMM_MODELS}
     assert set(timm_modules()) == modules

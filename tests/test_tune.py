@@ -154,6 +154,12 @@ def test_imports_of_the_config_stay():
     assert e3va_mm.tune(config(custom_imports=twice)).custom_imports == twice
 
 
+def test_hooks_of_the_config_stay():
+    given = [dict(type='EMAHook'), dict(type='ResourceReportHook', warmup=3)]
+    hooks = e3va_mm.tune(config(custom_hooks=given)).custom_hooks
+    assert hooks == [*given, dict(type='ParameterTableHook')]
+
+
 @pytest.mark.parametrize('holder', ['model', 'backbone'])
 def test_pretrained_becomes_the_init_cfg_of_the_backbone(holder, weights):
     stock = config(swin(pretrained=weights)) if holder == 'backbone' else config(model=dict(pretrained=weights))

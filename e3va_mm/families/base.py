@@ -57,7 +57,7 @@ class Family:
         grid: name of the module whose output (B, H, W, C) tells the size of the patches' grid, where blocks do not.
         pools: whether the state crosses to the next stage by :meth:`pool`, once the size there is known.
         has_more: whether the backbone goes on behind the last stage that has an output.
-        uncalled: linear layers whose weights are used without calling them: nothing put there would act.
+        uncalled: names, or their ends, of layers whose weights are used without calling them: nothing put there acts.
     """
 
     layout = 'NLC+size'

@@ -48,8 +48,10 @@ class DiscoveredFamily(CustomFamily):
             self.shown = [_place(each, returned_in_training) for each in returned]
             returned, calls = returned_in_training, calls_in_training
         backbone.train(was_training)
-        taps = _find_taps(backbone, returned, calls)
+        taps = _find_taps(backbone, returned, {name: each[0] for name, each in calls.items() if len(each) == 1})
         super().__init__(backbone, taps)
+        layers = (name for name, module in backbone.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+        self.uncalled = tuple(name for name in layers if name not in calls)
         _report(backbone, taps)
 
     def run(self, images: Tensor):
@@ -97,8 +99,8 @@ def _probe_sizes(backbone: nn.Module) -> tuple[tuple[int, int], ...]:
     return (*_PROBES, tuple(own)) if own else _PROBES
 
 
-def _run(backbone: nn.Module, images: Tensor, training: bool) -> tuple[list[Tensor], dict[str, Call]]:
-    """The maps that it returns, and the calls of its modules by name, of those that are called once."""
+def _run(backbone: nn.Module, images: Tensor, training: bool) -> tuple[list[Tensor], dict[str, list[Call]]]:
+    """The maps that it returns, and by name what its modules that are called put out, of what may be taps."""
     with torch.no_grad(), _recorded_calls(backbone) as calls:
         backbone.training = training
         try:
@@ -108,9 +110,7 @@ def _run(backbone: nn.Module, images: Tensor, training: bool) -> tuple[list[Tens
     maps = [returned] if isinstance(returned, Tensor) else returned
     if not isinstance(maps, (list, tuple)) or not maps or not all(_is_map(each) for each in maps):
         raise TypeError('what it returns are no maps (B, C, H, W)')
-    return [each for each in maps if each is not images], {
-        name: each[0] for name, each in calls.items() if len(each) == 1
-    }
+    return [each for each in maps if each is not images], calls
 
 
 def _is_map(value) -> bool:
@@ -123,11 +123,12 @@ def _recorded_calls(backbone: nn.Module) -> Iterator[dict[str, list[Call]]]:
 
     def record(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+            heard = calls.setdefault(name, [])
             output = output[0] if isinstance(output, (tuple, list)) and output else output
             if isinstance(output, Tensor) and output.ndim in (3, 4):
                 given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
                 keeps_shape = any(value.shape == output.shape for value in given)
-                calls.setdefault(name, []).append(Call(output.clone(), keeps_shape))
+                heard.append(Call(output.clone(), keeps_shape))
 
         return hook
 

@@ -16,6 +16,8 @@ class MiTFamily(Family):
     which a copy is kept.
     """
 
+    uncalled = ('out_proj',)
+
     def __init__(self, backbone: nn.Module) -> None:
         num_stages = max(backbone.out_indices) + 1
         stages = []

@@ -6,7 +6,7 @@ closures, because a deep copy of the model (EMAHook) must call the copy's own mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -21,8 +21,37 @@ from ..highway.stage_adapters import StageAdapters
 from .base import Method
 
 
-def _after(inserted: nn.Module, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return output + inserted(output)
+def _insert(family: Family, make: Callable[[int], nn.Module]) -> nn.ModuleList:
+    """Modules of a width, behind attention and MLP of each block; of blocks that have not both, where its taps are."""
+    inserted = nn.ModuleList()
+    for stage in family.stages:
+        dims = stage.tap_dims or stage.embed_dims
+        for block in stage.blocks:
+            for name in (block.attention, block.mlp) if block.attention and block.mlp else block.taps:
+                inserted.append(make(dims))
+                add = partial(_add, inserted[-1], dims if family.layout == 'NCHW' else None)
+                if block.taps_inputs:
+                    family.module(name).register_forward_pre_hook(partial(_ahead, add))
+                else:
+                    family.module(name).register_forward_hook(partial(_behind, add))
+    return inserted
+
+
+def _ahead(add: Callable, module: nn.Module, args: tuple) -> tuple:
+    return add(args)
+
+
+def _behind(add: Callable, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    return add(output)
+
+
+def _add(inserted: nn.Module, map_dims: int | None, value: Tensor | tuple | list) -> Tensor | tuple:
+    """Adds to tokens (B, L, C) or (B, H, W, C), or to a map (B, C, H, W) of ``map_dims`` channels."""
+    if isinstance(value, (tuple, list)):
+        return _add(inserted, map_dims, value[0]), *value[1:]
+    if value.ndim == 4 and value.shape[1] == map_dims:
+        return value + inserted(value.movedim(1, -1)).movedim(-1, 1)
+    return value + inserted(value)
 
 
 def _beside(inserted: nn.Module, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -69,7 +98,8 @@ class Bottleneck(nn.Module):
 class Adapter(Method):
     """Bottlenecks behind attention and MLP, before their residual additions (Houlsby et al., arXiv 1902.00751).
 
-    Swin-B at width 64 has 3,107,328 parameters.
+    Swin-B at width 64 has 3,107,328 parameters. In other blocks than a transformer's they are where E³VA has its taps:
+    behind a convolutional block or its residual branch, and in a ResNet's bottleneck ahead of its last convolution.
 
     Args:
         width: of the bottleneck.
@@ -78,11 +108,7 @@ class Adapter(Method):
     def __init__(self, family: Family, width: int = 64) -> None:
         super().__init__(family)
         check_count('method.width', width)
-        self.inserted = nn.ModuleList()
-        for _, dims, *branches in _branches(family):
-            for module in branches:
-                self.inserted.append(Bottleneck(dims, width))
-                module.register_forward_hook(partial(_after, self.inserted[-1]))
+        self.inserted = _insert(family, lambda dims: Bottleneck(dims, width))
 
 
 class AdaptFormer(Method):
@@ -118,8 +144,8 @@ class AdaptFormer(Method):
 class LoRand(Method):
     """Low-rank adapters behind attention and MLP (Yin et al., arXiv 2211.13587); 1,197,312 parameters for Swin-B.
 
-    They are E³VA's adapters (:mod:`e3va_mm.highway.adapters`), in the backbone. Deviation: they start at zero unless
-    ``init='kaiming'``, which is the authors' start.
+    They are E³VA's adapters (:mod:`e3va_mm.highway.adapters`), in the backbone, where :class:`Adapter` has its own.
+    Deviation: they start at zero unless ``init='kaiming'``, which is the authors' start.
 
     Args:
         rank, branches, hidden_ratio, init: see :class:`~e3va_mm.highway.stage_adapters.StageAdapters`.
@@ -137,11 +163,7 @@ class LoRand(Method):
     ) -> None:
         super().__init__(family)
         options = dict(rank=rank, branches=branches, hidden_ratio=hidden_ratio, init=init)
-        self.inserted = nn.ModuleList()
-        for _, dims, *branches in _branches(family):
-            for module in branches:
-                self.inserted.append(_LowRankBottleneck(dims, shared_core, **options))
-                module.register_forward_hook(partial(_after, self.inserted[-1]))
+        self.inserted = _insert(family, lambda dims: _LowRankBottleneck(dims, shared_core, **options))
 
 
 class _LowRankBottleneck(StageAdapters):

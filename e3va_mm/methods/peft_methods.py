@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,9 +13,13 @@ from ..checks import check_count, check_names, check_number
 from ..families.base import Family
 from .base import Method
 
+_ATTENTION = ('qkv', 'proj')
+# Where the forward methods are that compute what torch's do.
+_PLAIN = ('torch.nn.', 'mmcv.cnn.bricks.wrappers')
+
 
 class PEFT(Method):
-    """Any tuner of the peft library that can be injected into linear layers.
+    """Any tuner of the peft library that can be injected into linear layers and, some of them, into convolutions.
 
     Args:
         peft_type: 'LORA', 'LOHA', 'LOKR', 'IA3', 'OFT', ... as peft names them.
@@ -33,14 +38,25 @@ class PEFT(Method):
         targets = options.get('target_modules', '')
         if not isinstance(targets, str):
             check_names('method.target_modules', targets)
-        self._uncalled = set(family.uncalled)
+        self._uncalled = family.uncalled
+        defaults = {} if 'target_modules' in options else self.default_options(family)
         with self._refusals():
-            self.config = _import_peft().get_peft_config(dict(self.given))
+            self.config = _import_peft().get_peft_config(dict(self.given, **defaults))
+
+    def default_options(self, family: Family) -> dict:
+        """What is given to peft where ``target_modules`` are not."""
+        return {}
 
     def inject(self, backbone: nn.Module) -> None:
         with self._refusals():
             _import_peft().inject_adapter_in_model(copy.deepcopy(self.config), backbone)
-        targets = {name.rpartition('.')[2] for name, _ in _tuned_layers(backbone)} & self._uncalled
+        tuned = _tuned_layers(backbone)
+        for _, module in tuned:
+            # peft's factors of a convolution know its stride, not its dilation.
+            for factor in getattr(module, 'lora_A', {}).values():
+                if isinstance(factor, nn.Conv2d):
+                    factor.dilation = module.get_base_layer().dilation
+        targets = {name.rpartition('.')[2] for name, _ in tuned if name.endswith(self._uncalled)}
         if targets:
             raise ValueError(
                 f'method.target_modules has {sorted(targets)}, but this backbone uses the weights of these layers '
@@ -61,19 +77,21 @@ class PEFT(Method):
 
 
 class LoRA(PEFT):
-    """Low-rank updates of linear layers (Hu et al., arXiv 2106.09685); can be merged, see ``TunedBackbone.merge``.
+    """Low-rank updates of layers (Hu et al., arXiv 2106.09685); can be merged, see ``TunedBackbone.merge``.
 
-    Rank 42 in ``qkv`` and ``proj`` gives Swin-B 3,032,064 parameters, the 3.03 M of the published comparison.
+    Rank 42 in ``qkv`` and ``proj`` gives Swin-B 3,032,064 parameters, the 3.03 M of the published comparison. Of a
+    convolution of any size, the first factor is a convolution like it to ``r`` channels, the second a pointwise one.
 
     Args:
         r: rank.
         lora_alpha: the update is scaled by ``lora_alpha / r``; default: ``r``.
-        target_modules: see :class:`PEFT`.
+        target_modules: see :class:`PEFT`. Default: the blocks' ``qkv`` and ``proj`` where they have such linear
+            layers, else all their linear layers and ungrouped convolutions.
         **options: of ``peft.LoraConfig``, e.g. ``use_dora=True``.
     """
 
     def __init__(
-        self, family: Family, r: int = 42, lora_alpha: float | None = None, target_modules=('qkv', 'proj'), **options
+        self, family: Family, r: int = 42, lora_alpha: float | None = None, target_modules=None, **options
     ) -> None:
         check_count('method.r', r)
         if lora_alpha is not None:
@@ -83,13 +101,47 @@ class LoRA(PEFT):
             'LORA',
             r=r,
             lora_alpha=r if lora_alpha is None else lora_alpha,
-            target_modules=target_modules,
-            **options,
+            **(options if target_modules is None else dict(options, target_modules=target_modules)),
         )
+
+    def default_options(self, family: Family) -> dict:
+        layers = {name: layer for name, layer in _layers(family).items() if _is_plain(layer)}
+        names = [name for name in layers if name.rpartition('.')[2] in _ATTENTION]
+        names = names or [name for name in layers if not name.endswith(family.uncalled)]
+        if not names:
+            raise ValueError(
+                f"LoRA finds no linear layer and no ungrouped convolution of torch's in the blocks of "
+                f'{type(family.backbone).__name__}: name layers by method.target_modules'
+            )
+        # As a regular expression: peft takes a name in a list for the end of other names, too.
+        return dict(target_modules='|'.join(map(re.escape, names)))
+
+
+def _layers(family: Family) -> dict[str, nn.Module]:
+    """All that is in the blocks, by names in the backbone."""
+    return {
+        '.'.join(filter(None, (block.name, name))): layer
+        for block in family.blocks()
+        for name, layer in family.module(block.name).named_modules()
+    }
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it computes what torch's linear layer or ungrouped convolution does: peft puts its own beside it."""
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)) or not type(layer).forward.__module__.startswith(_PLAIN):
+        return False
+    return isinstance(layer, nn.Linear) or (layer.groups == 1 and layer.padding_mode == 'zeros')
 
 
 def merge(backbone: nn.Module) -> nn.Module:
-    """Folds what peft injected into the base weights, in place, and unwraps the layers."""
+    """Folds what peft injected into the base weights, in place, and unwraps the layers.
+
+    Raises:
+        ValueError: it is in a grouped convolution, which peft does not merge.
+    """
+    grouped = [name for name, module in _tuned_layers(backbone) if getattr(module.get_base_layer(), 'groups', 1) > 1]
+    if grouped:
+        raise ValueError(f'peft does not merge into grouped convolutions; method.target_modules has {grouped}')
     for name, module in _tuned_layers(backbone):
         module.merge()
         parent, _, child = name.rpartition('.')
