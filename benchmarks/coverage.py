@@ -173,11 +173,10 @@ class Results:
 
     def drop_failed(self, pattern: str) -> None:
         configs, trials, rates = (self.content[part] for part in ('configs', 'trials', 'rates'))
-        for name in fnmatch.filter(configs, pattern):
-            if failures(configs[name], self.content):
-                record = configs.pop(name)
-                trials.pop(record.get('trial'), None)
-                rates.pop(record.get('rates'), None)
+        failed = [name for name in fnmatch.filter(configs, pattern) if failures(configs[name], self.content)]
+        for record in map(configs.pop, failed):
+            trials.pop(record.get('trial'), None)
+            rates.pop(record.get('rates'), None)
 
     def add(self, name: str, config: StockConfig, seconds: int) -> None:
         record, trials, rates = config.record, self.content['trials'], self.content['rates']
