@@ -95,6 +95,12 @@ guard() {
 
 backbones() { train backbones --train-args amp --backbones vit-tiny efficientnet-lite0 --datasets camvid bccd; }
 
+# In fp32, and fewer at a time: Mask2Former takes up to 10 GB.
+heads() {
+    JOBS=8 train heads --backbones vit-tiny efficientnet-lite0 --seeds 0 1 \
+        --datasets nuclei-mask2former bccd-faster-rcnn camvid-segformer
+}
+
 on_set() {  # name of the result, images, config, options
     measure "$1" --tasks --configs "$3" --data real --batch-sizes "$2" --precisions amp-fp16 "${@:4}"
 }
@@ -106,6 +112,9 @@ cost() {
     measure cost_dinov2 --batch-sizes 2 --image-sizes 512x512 896x896 --steps 5 --warmup 2 --tasks \
         --configs configs/ade20k/dinov2-{l,g}_upernet_8xb2-160k_ade20k-512x512.py \
         --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full
+    measure cost_resnet --tasks --configs mmdet::faster_rcnn/faster-rcnn_r{50,101}_fpn_1x_coco --image-sizes 800x1344 \
+        --precisions amp-fp16 --batch-sizes 8 --steps 12 --warmup 4 \
+        --methods frozen e3va+bf16 full e3va+bf16+taps-float8+sampled
     measure cost_methods --tasks upernet --sizes l --batch-sizes 2 --steps 10 --warmup 3 "${merged[@]}" \
         --methods e3va+bf16 "${all[@]}"
     measure cost_mixers --tasks upernet --sizes l --batch-sizes 2 --steps 10 --warmup 3 "${merged[@]}" --repeats 2 \
@@ -134,7 +143,7 @@ steps() {
     in_turn --tasks retinanet --sizes l --batch-sizes 8 --steps 12 "${merged[@]}" --methods "${large[@]}"
 }
 
-parts='amp fits accuracy variants seeds guard backbones cost steps'
+parts='amp fits accuracy variants seeds guard backbones heads cost steps'
 for part in ${*:-$parts}; do
     [[ " $parts " == *" $part "* ]] || { echo "unknown part $part; known are $parts" >&2; exit 2; }
     "$part"

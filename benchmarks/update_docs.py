@@ -21,8 +21,8 @@ from benchmarks.training import ROOT
 from e3va_mm.families.registry import TABLE
 
 RESULTS, REPORT = ROOT / 'benchmarks/results', 'benchmarks/README.md'
-TRAININGS = ('small_sets', 'folds', 'guard', 'backbones', 'rates', 'shapes_methods_cpu')
-COSTS = ('swin', 'dinov2', 'methods', 'small_sets', 'mixers', 'cpu', 'cpu_sizes', 'cpu_mixers')
+TRAININGS = ('small_sets', 'folds', 'guard', 'backbones', 'heads', 'rates', 'shapes_methods_cpu')
+COSTS = ('swin', 'dinov2', 'resnet', 'methods', 'small_sets', 'mixers', 'cpu', 'cpu_sizes', 'cpu_mixers')
 
 COVERAGE = {
     'toolboxes': coverage_tables.format_toolboxes,

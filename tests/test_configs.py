@@ -18,6 +18,8 @@ CONFIGS = sorted(path for path in (ROOT / 'configs').glob('*/*.py') if path.pare
 WIDTHS = [12, 24, 48, 96]
 PYRAMID = 'SimpleFeaturePyramid'
 TRAINED = ('bccd', 'camvid', 'nuclei', 'shapes')
+# Stock configs, which `--tune` wraps.
+OTHER_HEADS = ('segformer', 'faster-rcnn', 'mask2former')
 
 
 def shrink(config: Config) -> Config:
@@ -36,7 +38,10 @@ def shrink(config: Config) -> Config:
         assert len(widths) == len(config.model.neck.get('scales', range(4)))
     elif 'decode_head' in config.model:
         config.model.decode_head.update(in_channels=widths, channels=16)
-        config.model.auxiliary_head.update(in_channels=widths[2], channels=16)
+        if config.model.auxiliary_head:
+            config.model.auxiliary_head.update(in_channels=widths[2], channels=16)
+    elif 'panoptic_head' in config.model:
+        config.model.panoptic_head.in_channels = widths
     return config
 
 
@@ -70,7 +75,9 @@ def test_config_builds_and_runs(path):
 
 def test_every_benchmark_has_its_siblings():
     """Each data set with E³VA and full fine-tuning; those that are trained here with a frozen backbone, too."""
-    names = [str(path.relative_to(ROOT)) for path in CONFIGS if 'graph1' not in path.stem]
+    without = ('graph1', *OTHER_HEADS)
+    paths = [path for path in CONFIGS if not any(name in path.stem for name in without)]
+    names = [str(path.relative_to(ROOT)) for path in paths]
     kinds = {prefix: {name.replace(prefix, '') for name in names if prefix in name} for prefix in ('e3va-', 'frozen-')}
     full = {name for name in names if 'e3va-' not in name and 'frozen-' not in name}
     assert kinds['e3va-'] == full and len(full) > 30
@@ -131,9 +138,10 @@ def runs_of(path: str) -> list[dict]:
     """The reported runs of exactly this config, options and learning rate included."""
     folder, stem = path.split('/')[1], Path(path).stem
     name = 'shapes_methods_cpu' if folder == 'shapes' else 'small_sets' if 'swin-nano' in stem else 'backbones'
+    name = 'heads' if stem.startswith(OTHER_HEADS) else name
     candidates = {path, path.replace('graph1-', '')}
     own = loaded(path).to_dict()
-    runs = [run for run in reported(name) if run['config'] in candidates]
+    runs = [run for run in reported(name) if run['config'] in candidates and '--tune' not in run['train_args']]
     started = [as_started(run['config'], tuple(run['cfg_options']), run.get('learning_rate')) for run in runs]
     return [run for run, config in zip(runs, started) if config == own]
 

@@ -147,9 +147,7 @@ def test_layer_decay_of_others_ends_training_too(running):
     running(config)
     model = segmentor(e3va())
     optimizer = torch.optim.SGD([dict(params=model.parameters(), lr_scale=0.9)], lr=1)
-    with pytest.raises(
-        ValueError, match='^layer decay in optim_wrapper is meant for the backbone, and gives the highway 0.9 of'
-    ):
+    with pytest.raises(ValueError, match='^layer decay in optim_wrapper is .* gives the highway 0.9 of'):
         optimizer.step()
 
 
