@@ -18,6 +18,7 @@ MISSING_HERE = (
     'mmpretrain',
     'offline',
     'internet',
+    'URLError',
     'for device cpu',
     'CUDA',
     'is_cuda',

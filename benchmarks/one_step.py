@@ -149,6 +149,7 @@ class Trial:
         self.model.train()
         # Heads ask for the progress of training, which loops say.
         MessageHub.get_current_instance().update_info_dict({'epoch': 0, 'iter': 0, 'max_iters': 1000})
+        torch.manual_seed(1)
         batch = make_batch(self.config, self.toolbox, self.pixels, training=True)
         data = self.model.data_preprocessor(batch, True)
         self.total, parts = self.model.parse_losses(self.model._run_forward(data, mode='loss'))
