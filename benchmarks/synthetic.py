@@ -52,6 +52,9 @@ def make_batch(model: dict, toolbox: str, pixels: int, training: bool) -> dict:
         return collate([_classification_sample(pixels, classes) for _ in range(IMAGES)])
     stuff = _stuff_labels(model)
     samples = [_detection_sample(pixels, classes, stuff, frame) for frame in range(IMAGES)]
+    if not any('mask' in key for own in dicts_of(model) for key in own):
+        for _, sample in samples:
+            del sample.gt_instances.masks  # which some assigners would take for the objects' shapes
     preprocessor = model.get('data_preprocessor') or {}
     if 'rpn_head' not in model:
         for _, sample in samples:
