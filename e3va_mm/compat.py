@@ -92,6 +92,9 @@ def _fit_encoding(head: torch.nn.Module, args: tuple) -> tuple | None:
 
 def _take_old_calls() -> None:
     from mmdet.models.language_models import bert
+
+    if bert.HFBertModel is None:  # It can not be imported, which is no fault as long as nothing needs it.
+        return
     from transformers import PreTrainedTokenizerBase
 
     PreTrainedTokenizerBase.batch_encode_plus = PreTrainedTokenizerBase.__call__
