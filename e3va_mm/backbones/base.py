@@ -6,6 +6,7 @@ import contextlib
 import copy
 import difflib
 import logging
+import sys
 
 import torch
 from mmengine.logging import print_log
@@ -21,6 +22,7 @@ from ..checkpoints.errors import CheckpointMismatchError
 from ..checkpoints.fingerprint import FINGERPRINT, describe_difference, fingerprint, frozen_tensors, named_tensors
 from ..checkpoints.reader import reading
 from ..checks import check_choice
+from ..compat import repair_text_detectors
 from ..families.custom import CustomFamily
 from ..families.registry import find_family
 
@@ -62,6 +64,9 @@ class FrozenBackbone(BaseModule):
         taps: list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
+        if 'mmdet.models.language_models' in sys.modules:
+            # Of such a detector, the backbone is what is built first.
+            repair_text_detectors()
         self.frozen_dtype = parse_dtype('frozen_dtype', frozen_dtype, {**_FROZEN_DTYPES, 'auto': _fast_dtype()})
         self.backbone = backbone if isinstance(backbone, nn.Module) else _build(backbone)
         self.family = CustomFamily(self.backbone, taps) if taps else find_family(self.backbone)
