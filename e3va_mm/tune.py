@@ -20,8 +20,8 @@ from .methods import METHODS, known_options
 
 # What is wrapped: dicts with a type under these keys, at any depth of a model.
 KEYS = ('backbone', 'teacher_backbone', 'image_encoder')
-# Decoders that are called backbones (BiSeNetV1, STDC) have the one with weights under this key, and may train themselves;
-# but for those that run the layers of it one by one.
+# Decoders that are called backbones (BiSeNetV1, STDC) have the one with weights under this key, and train themselves;
+# not so those that run its layers one by one.
 _INNER, _ENTERS_INNER = 'backbone_cfg', ('ICNet',)
 _WRAPPERS = {cls.__name__: cls for cls in (E3VABackbone, TunedBackbone)}
 _E3VA_OPTIONS = list(inspect.signature(E3VABackbone.__init__).parameters)[2:]
