@@ -1,7 +1,8 @@
 # Everything runs in .venv, which tools/setup.sh makes on first use.
 PYTHON_BIN := .venv/bin/python
 
-.PHONY: help setup demo test docs lint format benchmark results clean
+TEST_ARGS :=
+.PHONY: help setup demo test cover docs lint format benchmark results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -12,8 +13,11 @@ setup:  ## make .venv ready (torch, mmcv with ops, mmdet, mmseg); quick the seco
 demo: setup  ## train frozen and E3VA on generated data, then show a table and pictures
 	$(PYTHON_BIN) tools/demo.py
 
-test: setup  ## run the tests, and print the package's coverage
-	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest --cov=e3va_mm --cov-report=term
+test: setup  ## run the tests
+	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest $(TEST_ARGS)
+
+cover: TEST_ARGS := --cov=e3va_mm --cov-report=term
+cover: test  ## run the tests, and print how much of the package they run
 
 docs: setup  ## build the documentation in docs/_build/html; warnings, dead links among them, are errors
 	rm -rf docs/_api  # pages of modules that are gone would stay

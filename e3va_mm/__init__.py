@@ -3,10 +3,11 @@
 Importing the package registers its modules with mmengine; neither mmseg nor mmdet is imported.
 """
 
-from .compat import declare_torchvision_ops, resolve_config_scopes
+from .compat import declare_torchvision_ops, leave_out_multimodal, resolve_config_scopes
 
 declare_torchvision_ops()
 resolve_config_scopes()
+leave_out_multimodal()
 
 from . import backbones, checkpoints, hooks, necks, optim  # noqa: E402, F401
 from .tune import tune  # noqa: E402, F401

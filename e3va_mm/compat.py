@@ -1,6 +1,10 @@
-"""Two repairs to the environment, each done only where it is needed."""
+"""Repairs to the environment, each done only where it is needed; what upstream mends goes from here."""
 
+import functools
+import importlib.metadata
 import importlib.util
+import sys
+import types
 
 import mmengine.config.utils
 import torch
@@ -36,3 +40,69 @@ def resolve_config_scopes() -> None:
     packages = mmengine.config.utils.MODULE2PACKAGE
     if not is_installed(packages['mmseg']):
         packages['mmseg'] = 'mmseg'
+
+
+def leave_out_multimodal() -> None:
+    """Makes mmpretrain's models importable beside transformers 5, without the multimodal ones, which need its 4th.
+
+    They are imported with all others where any version of transformers is installed.
+    """
+    name = 'mmpretrain.models.multimodal'
+    if importlib.util.find_spec('mmpretrain') and name not in sys.modules and _transformers() >= 5:
+        sys.modules[name] = types.ModuleType(name)
+
+
+def _transformers() -> int:
+    """The installed major version; 0: none."""
+    try:
+        return int(importlib.metadata.version('transformers').partition('.')[0])
+    except importlib.metadata.PackageNotFoundError:
+        return 0
+
+
+@functools.cache
+def repair_text_detectors() -> None:
+    """Mends mmdet's GLIP and GroundingDINO, which fail in stock; imports mmdet's models.
+
+    Both call what transformers 5 no longer has, and GroundingDINO gives BERT a mask (B, L, L) that it takes no more.
+    In onedl-mmdetection 3.5.1 the decoder of GroundingDINO reads reference points in an encoding twice as long as its
+    layer, of as many numbers as all published weights have, takes.
+    """
+    from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder as Decoder
+
+    make_layers = Decoder._init_layers
+
+    def make_layers_that_fit(self) -> None:
+        make_layers(self)
+        self.ref_point_head.register_forward_pre_hook(_fit_encoding)
+
+    Decoder._init_layers = make_layers_that_fit
+    if _transformers() >= 5:
+        _take_old_calls()
+
+
+def _fit_encoding(head: torch.nn.Module, args: tuple) -> tuple | None:
+    """Of twice as many frequencies every second: these are those of the shorter encoding."""
+    encoding, dims = args[0], head.layers[0].in_features
+    if encoding.shape[-1] == 2 * dims:
+        # A sine and a cosine of each frequency are side by side.
+        return (encoding.unflatten(-1, (-1, 4))[..., :2].flatten(-2),)
+    return None
+
+
+def _take_old_calls() -> None:
+    from mmdet.models.language_models import bert
+
+    if bert.HFBertModel is None:  # It can not be imported, which is no fault as long as nothing needs it.
+        return
+    from transformers import PreTrainedTokenizerBase
+
+    PreTrainedTokenizerBase.batch_encode_plus = PreTrainedTokenizerBase.__call__
+
+    class BertModel(bert.HFBertModel):
+        def forward(self, attention_mask: torch.Tensor, **inputs):
+            """attention_mask: (B, L), or a row a token, (B, L, L)."""
+            mask = attention_mask[:, None] if attention_mask.ndim == 3 else attention_mask
+            return super().forward(attention_mask=mask, **inputs)
+
+    bert.HFBertModel = BertModel

@@ -23,6 +23,7 @@ from .backbones.base import FrozenBackbone
 from .checkpoints.base_weights import names_weights
 from .checkpoints.files import read_weights_only
 from .checks import check_count
+from .compat import repair_text_detectors
 from .tune import find_config, tune
 
 SCOPES = ('mmseg', 'mmdet')
@@ -98,6 +99,8 @@ def read_config(name: str, options: dict | None, method: str | None = None) -> C
         config = tune(config, method)
     config.merge_from_dict(options)
     _set_scope(config)
+    if 'language_model' in config.get('model', {}):
+        repair_text_detectors()
     return config
 
 

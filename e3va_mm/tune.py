@@ -20,6 +20,9 @@ from .methods import METHODS, known_options
 
 # What is wrapped: dicts with a type under these keys, at any depth of a model.
 KEYS = ('backbone', 'teacher_backbone', 'image_encoder')
+# Decoders that are called backbones (BiSeNetV1, STDC) have the one with weights under this key, and train themselves;
+# not so those that run its layers one by one.
+_INNER, _ENTERS_INNER = 'backbone_cfg', ('ICNet',)
 _WRAPPERS = {cls.__name__: cls for cls in (E3VABackbone, TunedBackbone)}
 _E3VA_OPTIONS = list(inspect.signature(E3VABackbone.__init__).parameters)[2:]
 _TUNED_OPTIONS = ['frozen_dtype', 'init_cfg']
@@ -112,7 +115,8 @@ def find_backbones(model: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tu
         children = value if isinstance(value, (list, tuple)) else [value]
         for child in (each for each in children if isinstance(each, dict)):
             if key in KEYS and 'type' in child:
-                yield (*path, key), [model]
+                inner = isinstance(child.get(_INNER), dict) and _type_name(child['type']) not in _ENTERS_INNER
+                yield ((*path, key, _INNER), [model, child]) if inner else ((*path, key), [model])
             else:
                 for found, parents in find_backbones(child, (*path, key)):
                     yield found, [model, *parents]

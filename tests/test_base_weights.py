@@ -128,3 +128,9 @@ def test_weights_named_in_a_list_of_init_cfg(weights):
     parts = [dict(type='TruncNormal', layer='Linear', std=0.02), dict(type='Pretrained', checkpoint=weights)]
     listed, alone = (e3va(swin(init_cfg=init_cfg)) for init_cfg in (parts, parts[1]))
     assert torch.equal(listed.base_fingerprint(), alone.base_fingerprint())
+
+
+def test_weights_that_can_not_be_fetched():
+    backbone = swin(init_cfg=dict(type='Pretrained', checkpoint='http://localhost:9/swin.pth'))
+    with pytest.raises(CheckpointMismatchError, match=r'swin.pth. can not be fetched .*: download it elsewhere'):
+        build(backbone=backbone).init_weights()

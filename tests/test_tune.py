@@ -339,3 +339,12 @@ def test_the_tools_refuse_a_random_base(seg_config, tmp_path, error_of):
     options = ['--cfg-options', 'model.backbone.backbone.init_cfg=None']
     error = error_of('tools/train.py', seg_config, '--work-dir', tmp_path, *options)
     assert re.search('model.backbone.backbone names no weights', error), error
+
+
+def test_a_decoder_that_is_called_a_backbone_trains_beside_the_one_in_it():
+    config = e3va_mm.tune('mmseg::bisenetv1/bisenetv1_r18-d32-in1k-pre_4xb4-160k_cityscapes-1024x1024.py')
+    assert config.model.backbone.type == 'BiSeNetV1'
+    inner = config.model.backbone.backbone_cfg
+    assert inner.type == 'E3VABackbone' and inner.backbone.init_cfg.checkpoint == 'open-mmlab://resnet18_v1c'
+    icnet = e3va_mm.tune('mmseg::icnet/icnet_r50-d8_4xb2-80k_cityscapes-832x832.py').model.backbone
+    assert icnet.type == 'E3VABackbone' and icnet.backbone.backbone_cfg.type == 'ResNetV1c'

@@ -1,35 +1,24 @@
-"""What every wrapper around a frozen backbone shares: freezing, its base weights, adapter-only checkpoints."""
+"""What every wrapper around a frozen backbone shares: its base weights, and checkpoints without them."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import difflib
 import logging
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
 from mmengine.model.weight_init import initialize
-from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints.base_weights import load_base_weights, names_weights, required_tensors, weights_source
 from ..checkpoints.comparison import check_same
 from ..checkpoints.errors import CheckpointMismatchError
 from ..checkpoints.fingerprint import FINGERPRINT, describe_difference, fingerprint, frozen_tensors, named_tensors
 from ..checkpoints.reader import reading
-from ..checks import check_choice
-from ..families.custom import CustomFamily
-from ..families.registry import find_family
-
-_FROZEN_DTYPES = {None: None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
-# Their parameters are what autocast rounds in every call.
-_MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+from .freezing import FrozenModule
 
 
-class FrozenBackbone(BaseModule):
+class FrozenBackbone(FrozenModule):
     """A stock backbone, frozen, whose checkpoints hold everything but it.
 
     The base weights come from the backbone's own ``init_cfg``. They are loaded by ``init_weights`` (training) or
@@ -51,9 +40,6 @@ class FrozenBackbone(BaseModule):
         ValueError: ``frozen_dtype`` is none of the above.
     """
 
-    # Whether the base takes part in training as a stock one does: dropout, stochastic depth, batch statistics.
-    trains_base = False
-
     def __init__(
         self,
         backbone: dict | nn.Module,
@@ -61,98 +47,10 @@ class FrozenBackbone(BaseModule):
         init_cfg: dict | None = None,
         taps: list[dict] | None = None,
     ) -> None:
-        super().__init__(init_cfg=init_cfg)
-        self.frozen_dtype = parse_dtype('frozen_dtype', frozen_dtype, {**_FROZEN_DTYPES, 'auto': _fast_dtype()})
-        self.backbone = backbone if isinstance(backbone, nn.Module) else _build(backbone)
-        self.family = CustomFamily(self.backbone, taps) if taps else find_family(self.backbone)
-        self._trained_base: set[str] = set()
+        super().__init__(backbone, frozen_dtype, init_cfg, taps)
         self._base_is_loaded = False
         self._base_record: dict[str, Tensor] = {}
         self._register_state_dict_hook(_drop_base)
-
-    def freeze_base(self, trained: set[str] = frozenset()) -> None:
-        """Freezes all of the base but the parameters named in ``trained``; constructors end with this call.
-
-        Freezing belongs to construction: optimizers with ``paramwise_cfg`` are built before weights are loaded.
-        """
-        self._trained_base, self._trained, self._frozen = set(trained), [], []
-        for name, parameter in self.named_parameters():
-            path, _, base_name = name.partition('.')
-            is_frozen = path == 'backbone' and base_name not in trained
-            (self._frozen if is_frozen else self._trained).append(parameter.requires_grad_(not is_frozen))
-        # timm's, which have the activation in them.
-        self._own_norms = {
-            name: type(module)
-            for name, module in self.backbone.named_modules()
-            if isinstance(module, _BatchNorm)
-            and not isinstance(module, nn.SyncBatchNorm)
-            and not type(module).__module__.startswith('torch.')
-        }
-        self.hold_freeze()
-        if self.frozen_dtype:
-            self._reduce_matrices()
-
-    def hold_freeze(self) -> None:
-        """Sets what is trained, and the modes of the base, as :meth:`freeze_base` has it, whatever changed them since.
-
-        Stock code does: ``train`` freezes stages of its own, ``requires_grad_`` of a model knows no exceptions. Only
-        where all that is trained here has been switched off (as in averaged copies), it stays off.
-        """
-        if self.backbone.training and not self.trains_base:
-            # mmdet's SwinTransformer.eval returns None, so nothing may be chained on it.
-            self.backbone.eval()
-        is_on = any(parameter.requires_grad for parameter in self._trained)
-        for parameters, requires_grad in ((self._frozen, False), (self._trained, is_on)):
-            for parameter in parameters:
-                parameter.requires_grad_(requires_grad)
-
-    def _check_norms(self) -> None:
-        """``sync_bn='torch'`` puts plain norms in the place of subclasses, and loses what these do beside."""
-        norms = self._own_norms
-        replaced = [name for name in norms if isinstance(self.backbone.get_submodule(name), nn.SyncBatchNorm)]
-        if replaced:
-            raise ValueError(
-                f"sync_bn='torch' has replaced {len(replaced)} {norms[replaced[0]].__name__} of backbone, such as "
-                f'{replaced[0]}, by SyncBatchNorm, which computes something else: leave sync_bn out, and name SyncBN '
-                'in the norm_cfg of the heads'
-            )
-
-    def _reduce_matrices(self) -> None:
-        # Norms, scales and embeddings stay as they are: they are small, and with them the residual stream is in fp32.
-        matrices = {
-            f'{path}.{name}'
-            for path, module in self.backbone.named_modules()
-            if isinstance(module, _MATRICES)
-            for name, _ in module.named_parameters(recurse=False)
-        }
-        for name, tensor in self._frozen_tensors().items():
-            if name in matrices:
-                tensor.data = tensor.data.to(self.frozen_dtype)
-
-    def train(self, mode: bool = True) -> FrozenBackbone:
-        """Sets the mode of the trained part; the frozen part stays in eval (no dropout, fixed statistics)."""
-        super().train(mode)
-        self.hold_freeze()
-        self._check_norms()
-        return self
-
-    @contextlib.contextmanager
-    def frozen_forward(self, images: Tensor):
-        """Context of every call into the base: frozen, under autocast to ``frozen_dtype`` where one is set."""
-        self.hold_freeze()
-        if self.frozen_dtype is None:
-            yield
-        else:
-            with torch.autocast(images.device.type, dtype=self.frozen_dtype):
-                yield
-
-    def restore_dtype(self, output: Tensor) -> Tensor:
-        """A map as heads can take it (mmcv has no bfloat16 RoIAlign), where the forward ran in ``frozen_dtype``."""
-        if not self.frozen_dtype:
-            return output
-        device = output.device.type
-        in_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        return output.half() if in_half and self.family.follows_autocast else output.float()
 
     def init_weights(self) -> None:
         """Loads the base (once), then applies the wrapper's own ``init_cfg``."""
@@ -200,11 +98,6 @@ class FrozenBackbone(BaseModule):
         """What is trained beside the backbone, by name; in tables of parameters it is a part of its own."""
         return {}
 
-    @property
-    def freezes_base(self) -> bool:
-        """Whether any of the stock backbone is frozen: all methods but full fine-tuning do so."""
-        return bool(self._frozen)
-
     def stock_names(self) -> list[str]:
         """Names of the parameters that the stock backbone has brought along."""
         return [f'backbone.{name}' for name, _ in self.backbone.named_parameters()]
@@ -221,9 +114,6 @@ class FrozenBackbone(BaseModule):
             return self._base_record['fingerprint']
         # Until the base is loaded its values may change, so nothing is recorded here.
         return fingerprint(self._frozen_tensors())
-
-    def _frozen_tensors(self) -> dict[str, Tensor]:
-        return frozen_tensors(self.backbone, self._trained_base)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # mmengine loads with strict=False and only logs what does not fit, so the checks are made here.
@@ -287,27 +177,6 @@ class FrozenBackbone(BaseModule):
         if not self._base_is_loaded:
             self.load_base()
         return self.__dict__
-
-
-def _fast_dtype() -> torch.dtype | None:
-    """bfloat16 where the hardware has it: emulation, and CPUs, are slower in it than in fp32."""
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else None
-
-
-def parse_dtype(option: str, value: str | None, allowed: dict) -> torch.dtype | None:
-    """The dtype that an option's value stands for, or a ValueError that names both."""
-    check_choice(option, value, allowed)
-    return allowed[value]
-
-
-def _build(config: dict) -> nn.Module:
-    try:
-        return MODELS.build(config)
-    except KeyError as error:
-        registered = {name for registry in (MODELS, *MODELS.children.values()) for name in registry.module_dict}
-        named = str(config.get('type'))
-        near = difflib.get_close_matches(named.rpartition('.')[2], registered, 3)
-        raise KeyError(f'backbone.type {named!r} can not be built; similar are {near} ({error})') from error
 
 
 def _drop_base(wrapper: FrozenBackbone, state_dict: dict, prefix: str, _) -> None:

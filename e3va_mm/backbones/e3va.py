@@ -12,7 +12,8 @@ from ..families.first_pass import FirstPass
 from ..highway.highway import Highway, HighwayPass, HighwayStage
 from ..highway.tap_record import TapStorage
 from ..optim import check_at_first_step
-from .base import FrozenBackbone, parse_dtype
+from .base import FrozenBackbone
+from .freezing import parse_dtype
 
 _SAVED_DTYPES = {None: None, 'bfloat16': torch.bfloat16, 'float8_e4m3fn': torch.float8_e4m3fn}
 

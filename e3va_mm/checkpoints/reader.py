@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import urllib.error
 from collections.abc import Iterator
 
 from mmengine.logging import print_log
@@ -78,6 +79,9 @@ def reading(source: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{source}: there is no such file; give the path or URL of its weights') from error
+    except urllib.error.URLError as error:
+        message = f'{source} can not be fetched ({error.reason}): download it elsewhere, and name the file'
+        raise CheckpointMismatchError(message) from error
     except UNREADABLE as error:
         message = f'{source} can not be read, it may be damaged or unsafe: {reason(error)}'
         raise CheckpointMismatchError(message) from error
