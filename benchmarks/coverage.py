@@ -34,6 +34,7 @@ from benchmarks.one_step import Trial, attempt
 from benchmarks.shrunk import configs_of, image_sizes, shrink
 from benchmarks.synthetic import values_of
 from benchmarks.training import ROOT, provenance
+from e3va_mm.compat import repair_text_detectors
 
 TOOLBOXES = ('mmdet', 'mmseg')
 RESULTS = ROOT / 'benchmarks/results/coverage.json'
@@ -89,6 +90,8 @@ class StockConfig:
         self.rates_key = digest([self.models['e3va'], kind])
 
     def trial(self, name: str, pixels: int = 0) -> Trial:
+        if self.toolbox == 'mmdet':
+            repair_text_detectors()  # as tools/train.py does, of stock models too
         init_default_scope(self.config.get('default_scope') or self.toolbox)
         return Trial(self.models[name], self.toolbox, self.optim_wrapper, pixels)
 

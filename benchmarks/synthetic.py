@@ -122,8 +122,8 @@ def _metainfo(pixels: int, frame: int = 0) -> dict:
         'homography_matrix': np.eye(3, dtype=np.float32),
         # CornerNet's; the whole image.
         'border': np.array([0, pixels, 0, pixels], dtype=np.float32),
-        'text': 'cat . dog .',
-        'custom_entities': False,
+        'text': ('cat', 'dog'),
+        'custom_entities': True,
     }
 
 
