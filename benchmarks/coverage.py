@@ -73,6 +73,8 @@ class StockConfig:
 
     def load(self) -> None:
         self.config = Config.fromfile(str(configs_of(self.toolbox) / self.path))
+        if self.config.get('model') and self.config.get('data_preprocessor'):
+            self.config.model.setdefault('data_preprocessor', self.config.data_preprocessor)  # as the runner does
 
     def tune(self) -> None:
         self.tuned = e3va_mm.tune(self.config, 'e3va')
@@ -171,11 +173,10 @@ class Results:
 
     def drop_failed(self, pattern: str) -> None:
         configs, trials, rates = (self.content[part] for part in ('configs', 'trials', 'rates'))
-        for name in fnmatch.filter(configs, pattern):
-            if failures(configs[name], self.content):
-                record = configs.pop(name)
-                trials.pop(record.get('trial'), None)
-                rates.pop(record.get('rates'), None)
+        failed = [name for name in fnmatch.filter(configs, pattern) if failures(configs[name], self.content)]
+        for record in map(configs.pop, failed):
+            trials.pop(record.get('trial'), None)
+            rates.pop(record.get('rates'), None)
 
     def add(self, name: str, config: StockConfig, seconds: int) -> None:
         record, trials, rates = config.record, self.content['trials'], self.content['rates']

@@ -18,6 +18,7 @@ MISSING_HERE = (
     'mmpretrain',
     'offline',
     'internet',
+    'URLError',
     'for device cpu',
     'CUDA',
     'is_cuda',
@@ -52,7 +53,15 @@ def _failure(record: dict, trial: dict, rates: dict) -> tuple[str, str, str] | N
         if 'error' in part:
             here = fault == 'toolbox' and any(word in part['error'] for word in MISSING_HERE)
             own = part is record and part['fails_at'] != 'load'
-            fault = 'this machine' if here else 'e3va_mm' if own else fault
+            fault = (
+                'not tried'
+                if 'NoDataError' in part['error']
+                else 'this machine'
+                if here
+                else 'e3va_mm'
+                if own
+                else fault
+            )
             return fault, part['fails_at'], part['error']
     return ('e3va_mm', rates['fails_at'], rates['error']) if 'error' in rates else None
 

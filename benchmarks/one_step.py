@@ -18,7 +18,7 @@ from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from benchmarks.synthetic import IMAGES, make_batch, values_of
+from benchmarks.synthetic import IMAGES, dicts_of, make_batch
 from e3va_mm.backbones.base import FrozenBackbone
 
 POOL = 2**18
@@ -107,15 +107,17 @@ class Trial:
     @torch.no_grad()
     def wrap(self) -> None:
         """Each wrapped backbone, without the model around it, gives maps as its stock backbone does."""
-        for config in values_of({'model': self.config}, 'backbone'):
-            if config.get('type') == 'E3VABackbone':
-                torch.manual_seed(0)
+        configs = [config for config in dicts_of(self.config) if config.get('type') == 'E3VABackbone']
+        assert configs, 'nothing is wrapped'
+        for config in configs:
+            torch.manual_seed(0)
+            with quick_draws():
                 wrapper = revert_sync_batchnorm(MODELS.build(copy.deepcopy(config)))
                 wrapper.init_weights()
-                images = torch.rand(IMAGES, 3, self.pixels, self.pixels)
-                found, expected = wrapper.eval()(images), wrapper.backbone(images)
-                if [tuple(one.shape) for one in found] != [tuple(one.shape) for one in expected]:
-                    raise ValueError('the maps have other shapes than those of the stock backbone')
+            images = torch.rand(IMAGES, 3, self.pixels, self.pixels)
+            found, expected = (list(tensors_of(module(images))) for module in (wrapper.eval(), wrapper.backbone))
+            if [one.shape for one in found] != [one.shape for one in expected]:
+                raise ValueError('the maps have other shapes than those of the stock backbone')
 
     def build(self) -> None:
         torch.manual_seed(0)
@@ -147,6 +149,7 @@ class Trial:
         self.model.train()
         # Heads ask for the progress of training, which loops say.
         MessageHub.get_current_instance().update_info_dict({'epoch': 0, 'iter': 0, 'max_iters': 1000})
+        torch.manual_seed(1)
         batch = make_batch(self.config, self.toolbox, self.pixels, training=True)
         data = self.model.data_preprocessor(batch, True)
         self.total, parts = self.model.parse_losses(self.model._run_forward(data, mode='loss'))

@@ -10,18 +10,25 @@ import torch
 from torch import Tensor
 
 IMAGES, FRAMES, OBJECTS = 2, 2, 3
+# Lines of a road, and images of persons, which have a shape of their own.
+NOT_MADE = ('CLRNet', 'BaseReID')
+
+
+class NoDataError(Exception):
+    """A kind of model that no data is made for."""
+
+
+def dicts_of(node: Any) -> Iterator[dict]:
+    """A config's dicts, itself among them, wherever they stand."""
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
+        yield from dicts_of(child)
 
 
 def values_of(node: Any, key: str) -> Iterator[Any]:
-    """All values under a key, wherever it stands in a config."""
-    if isinstance(node, dict):
-        for own, value in node.items():
-            if own == key:
-                yield value
-            yield from values_of(value, key)
-    elif isinstance(node, (list, tuple)):
-        for item in node:
-            yield from values_of(item, key)
+    """All values under a key."""
+    return (own[key] for own in dicts_of(node) if key in own)
 
 
 def make_batch(model: dict, toolbox: str, pixels: int, training: bool) -> dict:
@@ -30,22 +37,33 @@ def make_batch(model: dict, toolbox: str, pixels: int, training: bool) -> dict:
     Args:
         model: the model's config, which says what kind of data it takes and how many classes there are.
         pixels: of an image's side.
-        training: models of videos take two images or two frames of each; all others the same as in a test.
+        training: models of videos then take two of them, or images; all others the same as in a test.
+
+    Raises:
+        NoDataError: the model is of a kind that takes other data.
     """
+    kind = str(model.get('type'))
+    if kind in NOT_MADE:
+        raise NoDataError(f'no data is made for {kind}')
     classes = min((count for count in values_of(model, 'num_classes') if type(count) is int), default=1)
     if toolbox == 'mmseg':
         return collate([_segmentation_sample(pixels, classes) for _ in range(IMAGES)])
+    if kind == 'ImageClassifier':
+        return collate([_classification_sample(pixels, classes) for _ in range(IMAGES)])
     stuff = _stuff_labels(model)
     samples = [_detection_sample(pixels, classes, stuff, frame) for frame in range(IMAGES)]
+    if not any('mask' in key for own in dicts_of(model) for key in own):
+        for _, sample in samples:
+            del sample.gt_instances.masks  # which some assigners would take for the objects' shapes
     preprocessor = model.get('data_preprocessor') or {}
     if 'rpn_head' not in model:
         for _, sample in samples:
             sample.proposals = _proposals(sample.gt_instances.bboxes, pixels)
-    kind = str(preprocessor.get('type'))
-    if 'Track' in kind and not (training and preprocessor.get('use_det_processor')):
+    preprocessing = str(preprocessor.get('type'))
+    if 'Track' in preprocessing and not (training and preprocessor.get('use_det_processor')):
         videos = IMAGES if training else 1
         return collate([_video(pixels, classes, stuff) for _ in range(videos)])
-    if 'MultiBranch' in kind and training:
+    if 'MultiBranch' in preprocessing and training:
         branches = [collate(samples) for _ in range(3)]
         names = ('sup', 'unsup_teacher', 'unsup_student')
         return {part: {name: own[part] for name, own in zip(names, branches)} for part in ('inputs', 'data_samples')}
@@ -66,6 +84,12 @@ def _stuff_labels(model: dict) -> tuple[int, int]:
     counts = [sum(n for key in ('num_things_classes', 'num_stuff_classes') for n in values_of(h, key)) for h in heads]
     total = min([*filter(None, counts), *(n for head in heads for n in values_of(head, 'num_classes'))], default=2)
     return max(0, total - 4), total
+
+
+def _classification_sample(pixels: int, classes: int) -> tuple[Tensor, Any]:
+    from mmpretrain.structures import DataSample
+
+    return _image(pixels), DataSample().set_gt_label(torch.randint(0, classes, (1,)))
 
 
 def _segmentation_sample(pixels: int, classes: int) -> tuple[Tensor, Any]:
