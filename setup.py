@@ -17,6 +17,8 @@ SEG = [*ENGINE, 'onedl-mmsegmentation>=1.4', 'ftfy']
 DET = [*ENGINE, 'onedl-mmdetection>=3.5']
 PEFT = ['peft>=0.15']
 TIMM = ['timm>=1.0.20', 'torchvision']
+PRETRAIN = ['onedl-mmpretrain>=1.3']
+ROTATE = [*DET, 'onedl-mmrotate>=1.2']
 TEST = ['pytest', 'pytest-cov', 'pytest-xdist', 'pyyaml', 'ruff']
 
 setup(
@@ -35,6 +37,8 @@ setup(
         'det': DET,
         'peft': PEFT,
         'timm': TIMM,
+        'pretrain': PRETRAIN,
+        'rotate': ROTATE,
         'test': TEST,
         'all': sorted({*SEG, *DET, *PEFT, *TIMM, *TEST}),
     },

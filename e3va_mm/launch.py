@@ -1,4 +1,4 @@
-"""What the command-line tools share: one pair for both toolboxes, steered by the config's ``default_scope``."""
+"""What the command-line tools share: one pair for all toolboxes, steered by the config's ``default_scope``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from .checks import check_count
 from .compat import repair_text_detectors
 from .tune import find_config, tune
 
-SCOPES = ('mmseg', 'mmdet')
+# All but the first detect.
+SCOPES = ('mmseg', 'mmdet', 'mmrotate')
 # Options that say where the weights of a stock model are; a wrapped backbone is one level deeper.
 _STOCK_WEIGHTS = re.compile(r'load_from$|model\.(?!.*backbone\.backbone\.)(.*\.)?(init_cfg|pretrained)(\.|$)')
 

@@ -71,7 +71,7 @@ def main() -> None:
     check_fits(model, checkpoint)
     visualizer = VISUALIZERS.build({**config.visualizer, 'alpha': 0.5})
     visualizer.dataset_meta = model.dataset_meta
-    options = {'pred_score_thr': args.score_thr} if config.default_scope == 'mmdet' else {'with_labels': False}
+    options = {'pred_score_thr': args.score_thr} if config.default_scope != 'mmseg' else {'with_labels': False}
     for path, target in zip(images, targets):
         visualizer.add_datasample(
             path.name,

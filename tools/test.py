@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluates a checkpoint with any mmseg or mmdet config; the config's default_scope decides which toolbox runs it."""
+"""Evaluates a checkpoint with any config of mmseg, mmdet or mmrotate; its default_scope says which toolbox runs it."""
 
 import argparse
 import inspect
@@ -42,7 +42,7 @@ def show_predictions(config: Config, args: argparse.Namespace) -> None:
     if hook is None:
         raise ValueError('--show and --show-dir need default_hooks.visualization in the config')
     hook.update(draw=True, show=args.show, wait_time=args.wait_time)
-    if args.show_dir and config.default_scope == 'mmdet':
+    if args.show_dir and config.default_scope != 'mmseg':
         hook.test_out_dir = args.show_dir
     elif args.show_dir:
         config.visualizer.save_dir = args.show_dir
@@ -125,7 +125,7 @@ def main() -> None:
     args = parse_args()
     config = load_config(args)
     check_data(config, 'test_dataloader')
-    is_detection = config.default_scope == 'mmdet'
+    is_detection = config.default_scope != 'mmseg'
     if args.out and is_detection and not args.out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out={args.out} must end in .pkl or .pickle for detection')
     check_outputs(config, args)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains any mmseg or mmdet config; the config's default_scope decides which toolbox runs it."""
+"""Trains any config of mmseg, mmdet or mmrotate; the config's default_scope decides which toolbox runs it."""
 
 import argparse
 from pathlib import Path
