@@ -46,7 +46,7 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The config, and what changes it."""
-    parser.add_argument('config', help='config file, or the name of one in a toolbox: mmdet::… or mmseg::…')
+    parser.add_argument('config', help='config file, or the name of one in a toolbox: mmdet::…, mmseg::…')
     parser.add_argument('--tune', metavar='METHOD', help='e3va or another method: wraps the backbone of a stock config')
     parser.add_argument(
         '--cfg-options',

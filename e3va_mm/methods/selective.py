@@ -55,9 +55,11 @@ class _LayerNormWithFreeBias(nn.LayerNorm):
 
 
 class _LayerNorm2dWithFreeBias(_LayerNormWithFreeBias):
-    """The same over the channels of (B, C, H, W)."""
+    """The same over the channels of (B, C, H, W); mmpretrain's takes (B, H, W, C) as well, and is told so."""
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, data_format: str = 'channel_first') -> Tensor:
+        if data_format == 'channel_last':
+            return super().forward(image)
         return super().forward(image.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
