@@ -187,7 +187,8 @@ def main() -> None:
 
 def record(known: dict[str, dict], name: str, case: dict, result: dict) -> None:
     """Adds a result to those of its case, which is known without folders: those of a machine say nothing to others."""
-    public = {**case, 'config': Path(case['config']).name, 'runs': []}
+    config = case['config']
+    public = {**case, 'config': config if '::' in config else Path(config).name, 'runs': []}
     del public['folder']
     known.setdefault(name, public)['runs'].append(result)
 

@@ -13,6 +13,7 @@ from benchmarks.methods import backbone_of, cfg_options, config_prefix
 from benchmarks.pages import DETECTORS_RATE, PICKED, runs_of
 from benchmarks.training import ROOT
 from benchmarks.update_docs import RESULTS, replace_section, updated_pages
+from e3va_mm.tune import find_config
 
 FILES = sorted(RESULTS.glob('*.json'))
 SMALL_SETS = ('camvid', 'bccd', 'nuclei')
@@ -43,7 +44,8 @@ def test_every_result_says_where_it_comes_from(path):
     for entry in {**content.get('runs', {}), **content.get('cases', {})}.values():
         assert {'device', 'torch', 'commit', 'command'} <= set(entry)
         backbone_of(entry['method'])
-        assert any((ROOT / 'configs').glob(f'*/{entry["config"].split("/")[-1]}'))
+        config = entry['config']
+        assert ('::' in config and find_config(config)) or any((ROOT / 'configs').glob(f'*/{config.split("/")[-1]}'))
 
 
 def test_every_result_is_explained():
