@@ -44,17 +44,18 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
         """Sets the base rate in the groups, of one parameter each, of what wrappers of ``model`` have added."""
         added, stock = parameters_by_origin(model)
         names = {id(parameter): name for name, parameter in added.items()}
-        about_stock = {key for key in self.paramwise_cfg.get('custom_keys', {}) if any(key in name for name in stock)}
+        entries = self.paramwise_cfg.get('custom_keys', {})
+        # mmengine takes the longest entry that is a part of a name: of what is added, often one for the backbone.
+        meant = [key for key in sorted(entries, key=len, reverse=True) if not any(key in name for name in stock)]
         for group in params:
             name = names.get(id(group['params'][0]))
-            if name and (self._matching_key(name) in {None, *about_stock} or name in stock):
+            if name:
+                key = next((key for key in meant if key in name and name not in stock), None)
                 group.pop('lr_mult', None)
-                group['lr'] = self.base_lr
-
-    def _matching_key(self, name: str) -> str | None:
-        """The entry of ``custom_keys`` that mmengine takes for a parameter: the longest that is a part of its name."""
-        keys = sorted(sorted(self.paramwise_cfg.get('custom_keys', {})), key=len, reverse=True)
-        return next((key for key in keys if key in name), None)
+                factor = entries[key].get('lr_mult', 1) if key else 1
+                group['lr'] = self.base_lr * factor
+                if factor != 1:
+                    group['lr_mult'] = factor
 
 
 def parameters_by_origin(model: nn.Module) -> tuple[dict[str, nn.Parameter], set[str]]:

@@ -16,6 +16,12 @@ from e3va_mm.optim import merge_groups
 SETTINGS = Config.fromfile(ROOT / 'configs/_base_/schedules/small_sets.py').optim_wrapper
 
 
+@pytest.fixture(autouse=True)
+def no_running_config():
+    """Tests before this one may have left theirs."""
+    MessageHub.get_current_instance().runtime_info.pop('cfg', None)
+
+
 def optim_wrapper(model, constructor, **options):
     custom_keys = {**SETTINGS.paramwise_cfg.custom_keys, 'mixers': dict(lr_mult=3)}
     paramwise_cfg = dict(custom_keys=custom_keys)
@@ -90,9 +96,10 @@ def test_what_is_added_learns_at_the_base_rate():
     assert decays == {0.05} and all('lr_mult' not in g or g['lr'] == 1e-2 for g in wrapper.optimizer.param_groups)
 
 
-def test_an_entry_that_names_a_part_holds():
+@pytest.mark.parametrize('key', ['backbone__mixers', 'mixers'])
+def test_an_entry_that_names_a_part_holds(key):
     model = segmentor(e3va(mixer=dict(width=8)))
-    wrapper = build_optim_wrapper(model, settings(backbone=0.1, backbone__mixers=5).optim_wrapper)
+    wrapper = build_optim_wrapper(model, settings(backbone=0.1, **{key: 5}).optim_wrapper)
     backbone = model.backbone
     assert rates(wrapper, dict(backbone.mixers.named_parameters())) == {5e-3}
     assert rates(wrapper, dict(backbone.highway.named_parameters())) == {1e-3}

@@ -3,10 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from benchmarks import cost, grid
 from benchmarks.training import ROOT
+from e3va_mm.tune import find_config
 
 
 def call_reproduce(tmp_path, *parts, **variables):
@@ -28,7 +28,7 @@ def test_what_reproduce_runs_exists(tmp_path, monkeypatch):
     for command in commands:
         monkeypatch.setattr(sys, 'argv', command)
         if command[0] == 'benchmarks/cost.py':
-            assert all(Path(ROOT, case['config']).is_file() for case in cost.plan(cost.parse_args()).values())
+            assert all(find_config(case['config']).is_file() for case in cost.plan(cost.parse_args()).values())
             continue
         args = grid.parse_args()
         assert args.commit == 'abc'
