@@ -135,6 +135,8 @@ def first_step(config):
     torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=1).step()
     build_optim_wrapper(model.decode_head, config.optim_wrapper).optimizer.step()
     optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    for parameter in model.backbone.adapter_parameters().values():
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     return optimizer
 
@@ -162,7 +164,8 @@ def test_layer_decay_of_others_ends_training_too(running):
 def test_a_chosen_factor_passes(running, keys):
     config = settings('DefaultOptimWrapperConstructor', **keys)
     running(config)
-    first_step(config)
+    # A step that was refused would have left no state.
+    assert first_step(config).state
 
 
 def test_rates_are_looked_at_once(running):
@@ -171,7 +174,9 @@ def test_rates_are_looked_at_once(running):
     optimizer = first_step(config)
     for group in optimizer.param_groups:
         group['lr_mult'] = 0.1
+    before = [state['step'].item() for state in optimizer.state.values()]
     optimizer.step()
+    assert [state['step'].item() for state in optimizer.state.values()] == [step + 1 for step in before] != []
 
 
 def test_warm_up_and_scaled_rates_are_no_factors(running):
@@ -181,4 +186,8 @@ def test_warm_up_and_scaled_rates_are_no_factors(running):
     for group in wrapper.optimizer.param_groups:
         group['lr'] *= 0.125  # --auto-scale-lr
     LinearLR(wrapper.optimizer, start_factor=0.001, end=5)
+    head = wrapper.optimizer.param_groups[-1]['params'][0]
+    head.grad = torch.ones_like(head)
+    before = head.detach().clone()
     wrapper.optimizer.step()
+    assert not torch.equal(head, before)

@@ -11,7 +11,7 @@ from mmengine.model.weight_init import initialize
 from torch import Tensor, nn
 
 from ..checkpoints.base_weights import load_base_weights, names_weights, required_tensors, weights_source
-from ..checkpoints.comparison import check_same
+from ..checkpoints.comparison import below, check_same
 from ..checkpoints.errors import CheckpointMismatchError
 from ..checkpoints.fingerprint import FINGERPRINT, describe_difference, fingerprint, frozen_tensors, named_tensors
 from ..checkpoints.reader import reading
@@ -117,7 +117,7 @@ class FrozenBackbone(FrozenModule):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # mmengine loads with strict=False and only logs what does not fit, so the checks are made here.
-        given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        given = below(prefix, state_dict)
         if self.fits_stock(given):
             for key in given:
                 del state_dict[prefix + key]

@@ -12,6 +12,11 @@ from .fingerprint import FINGERPRINT
 MISSING, FOREIGN, RESHAPED = 'missing', 'foreign', 'of another shape'
 
 
+def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with a prefix, by what follows it."""
+    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+
 def differences(expected: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, list[str]]:
     """By what is wrong with them, the keys of a file that is ``given`` for a model that has the ``expected``."""
     shapes = {key: (tuple(given[key].shape), tuple(own.shape)) for key, own in expected.items() if key in given}
@@ -45,11 +50,7 @@ def check_fits(model: nn.Module, checkpoint: dict) -> None:
     given = {key.removeprefix('module.'): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
     given = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     wrapped = [(f'{path}.'.lstrip('.'), each) for path, each in model.named_modules() if hasattr(each, 'fits_stock')]
-    from_stock = tuple(prefix for prefix, wrapper in wrapped if wrapper.fits_stock(_below(prefix, given)))
+    from_stock = tuple(prefix for prefix, wrapper in wrapped if wrapper.fits_stock(below(prefix, given)))
     expected = {key: value for key, value in expected.items() if not key.startswith(from_stock)}
     is_adapter = any(key.endswith(FINGERPRINT) for key in expected)
     check_same(expected, given, 'the model', (MISSING, FOREIGN, RESHAPED) if is_adapter else (RESHAPED,))
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}

@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from .comparison import FOREIGN, RESHAPED, differences
+from .comparison import FOREIGN, RESHAPED, below, differences
 from .errors import CheckpointMismatchError
 from .files import UNREADABLE, reason, weights_only
 from .fingerprint import FINGERPRINT, named_tensors
@@ -59,13 +59,13 @@ def read_weights(model: nn.Module, path: str, source: str, prefix: str | None = 
         )
     if prefix:
         weights = {key.removeprefix('module.'): value for key, value in weights.items()}
-        weights = _behind(prefix.rstrip('.') + '.', weights)
+        weights = below(prefix.rstrip('.') + '.', weights)
     names = named_tensors(model).keys()
     while not names & weights.keys():
         found = [each for each in _PREFIXES if any(key.startswith(each) for key in weights)]
         if not found:
             break
-        weights = _behind(found[0], weights)
+        weights = below(found[0], weights)
     return _adapt_channels(model, weights, source)
 
 
@@ -85,10 +85,6 @@ def reading(source: str) -> Iterator[None]:
     except UNREADABLE as error:
         message = f'{source} can not be read, it may be damaged or unsafe: {reason(error)}'
         raise CheckpointMismatchError(message) from error
-
-
-def _behind(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def _adapt_channels(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:

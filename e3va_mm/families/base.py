@@ -271,6 +271,12 @@ class PoolingFamily(Family):
     layout = 'NCHW'
     pools = True
 
+    @staticmethod
+    def add_output(backbone: nn.Module, index: int) -> str:
+        """Gives a stage without an output norm one that does nothing; returns its name in the backbone."""
+        backbone.add_module(f'e3va_norm{index}', nn.Identity())
+        return f'e3va_norm{index}'
+
     def pool(self, stage: int, tokens: Tensor, size: Size, next_size: Size) -> Tensor:
         """Tokens (B, H * W, C) at the end of a stage -> (B, L, C') at the start of the next; keeps nothing."""
         pool = _Pooling.apply if records_gradient() else F.adaptive_avg_pool2d

@@ -37,9 +37,7 @@ class CustomFamily(PoolingFamily):
         self.prefixes = [stage.get('prefix', 0) for stage in taps]
         stages = []
         for index, stage in enumerate(taps[:num_stages]):
-            norm = f'e3va_norm{index}' if stage.get('output', True) else None
-            if norm:
-                backbone.add_module(norm, nn.Identity())
+            norm = self.add_output(backbone, index) if stage.get('output', True) else None
             blocks = [Block(path, (path,)) for path in stage['taps']]
             stages.append(Stage(blocks, stage.get('end'), stage['dims'], norm))
         super().__init__(backbone, stages)

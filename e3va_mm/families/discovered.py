@@ -37,10 +37,9 @@ class DiscoveredFamily(CustomFamily):
     """
 
     def __init__(self, backbone: nn.Module) -> None:
-        was_training, calls = backbone.training, {}
+        was_training = backbone.training
         backbone.train(False)
-        images = _probe_images(backbone)
-        returned, calls = _run(backbone, images, training=False)
+        images, (returned, calls) = _probe(backbone)
         self.shown = None
         # Some return more in training; what the state is at a map must not depend on the mode.
         returned_in_training, calls_in_training = _run(backbone, images, training=True)
@@ -71,8 +70,8 @@ class DiscoveredFamily(CustomFamily):
         return super().show(maps, images, training)
 
 
-def _probe_images(backbone: nn.Module) -> Tensor:
-    """Noise that the backbone can take."""
+def _probe(backbone: nn.Module) -> tuple[Tensor, tuple[list[Tensor], dict[str, list[Call]]]]:
+    """Noise that the backbone can take, and what :func:`_run` says of it."""
     stem = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
     channels = dict.fromkeys([3, getattr(stem, 'in_channels', 3)])
     sizes, error = _probe_sizes(backbone), None
@@ -81,11 +80,9 @@ def _probe_images(backbone: nn.Module) -> Tensor:
             images = torch.randn(2, number, *size, generator=torch.Generator().manual_seed(0))
             images = images.to(next(backbone.parameters(), images).device)
             try:
-                _run(backbone, images, training=False)
+                return images, _run(backbone, images, training=False)
             except Exception as failure:  # Whatever somebody's forward raises.
                 error = failure
-            else:
-                return images
     raise TypeError(
         f'{type(backbone).__name__} could not be tried out with images of {sizes} to find where to listen: '
         f'{type(error).__name__}: {error}'

@@ -35,9 +35,7 @@ class ResNetFamily(PoolingFamily):
         for index, name in enumerate(backbone.res_layers[:num_stages]):
             layer = backbone.get_submodule(name)
             blocks = [_block(f'{name}.{number}', block) for number, block in enumerate(layer)]
-            norm = f'e3va_norm{index}' if index in backbone.out_indices else None
-            if norm:
-                backbone.add_module(norm, nn.Identity())
+            norm = self.add_output(backbone, index) if index in backbone.out_indices else None
             dims, tap_dims = _dims(layer[-1])
             stages.append(Stage(blocks, name, dims, norm, tap_dims=tap_dims))
         super().__init__(backbone, stages)
