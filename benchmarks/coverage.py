@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Puts every stock config of the installed toolboxes through e3va_mm.tune, and its shrunk model through a step.
 
-A config is loaded and tuned; its model, shrunk (benchmarks/shrunk.py), is built, stock and tuned, and put through the
-steps of benchmarks/one_step.py on made-up data. Configs whose shrunk models are the same share one trial. Results go
-into a JSON file as they come, and a restart goes on where it stopped.
+A config is loaded and tuned; its model, shrunk (coverage_models.py), is built, stock and tuned, and put through the steps
+of coverage_trial.py on made-up data. Configs whose shrunk models are the same share one trial. Results go into a JSON
+file as they come, and a restart goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import e3va_mm
-from benchmarks.one_step import Trial, attempt
-from benchmarks.shrunk import configs_of, image_sizes, shrink
-from benchmarks.synthetic import values_of
+from benchmarks.coverage_data import values_of
+from benchmarks.coverage_models import image_sizes, shrink
+from benchmarks.coverage_trial import Trial, attempt
 from benchmarks.training import ROOT, provenance
 from e3va_mm.compat import repair_text_detectors
+from e3va_mm.tune import configs_of
 
 TOOLBOXES = ('mmdet', 'mmseg')
 RESULTS = ROOT / 'benchmarks/results/coverage.json'

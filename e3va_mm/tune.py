@@ -72,7 +72,7 @@ def find_config(name: str | Path) -> Path:
         FileNotFoundError: the toolbox or the file is missing; names similar ones.
     """
     toolbox, separator, path = str(name).rpartition('::')
-    folder = _configs_of(toolbox) if separator else Path()
+    folder = configs_of(toolbox) if separator else Path()
     found = [file for file in (folder / path, folder / f'{path}.py') if file.is_file()]
     if found:
         return found[0]
@@ -81,7 +81,8 @@ def find_config(name: str | Path) -> Path:
     raise FileNotFoundError(f'config {name} does not exist' + (f'; similar are {similar}' if similar else ''))
 
 
-def _configs_of(toolbox: str) -> Path:
+def configs_of(toolbox: str) -> Path:
+    """The folder of the configs that a toolbox brings."""
     spec = importlib.util.find_spec(toolbox)
     package = Path(spec.origin).parent if spec and spec.origin else None
     # Installed as a wheel, or from a clone.

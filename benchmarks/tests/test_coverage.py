@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.coverage import RESULTS, StockConfig, in_turn, spread_sample
 from benchmarks.coverage_tables import format_failures, format_toolboxes, outcomes
-from benchmarks.one_step import attempt
+from benchmarks.coverage_trial import attempt
 
 CONTENT = json.loads(RESULTS.read_text())
 # Packages that tests do without: mmpretrain, lap, scikit-learn, scikit-image.

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.coverage import StockConfig
-from benchmarks.one_step import attempt
+from benchmarks.coverage_trial import attempt
 
 HEADS = {
     'Mask2Former, semantic': 'mmseg::mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512.py',

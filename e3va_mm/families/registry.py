@@ -38,7 +38,7 @@ TABLE = [
         'attention, MLP', 'own norm, as it was before training, and patch embedding'),
     Row(ResNetFamily, ('mmseg.ResNet', 'mmdet.ResNet', 'mmpretrain.ResNet'),
         'ResNet, ResNeXt, ResNeSt, Res2Net, RegNet, DetectoRS, and V1c, V1d', "type='ResNetV1c'",
-        'residual branches', 'pooling, zeros for new channels'),
+        "a bottleneck's last convolution, what it reads; a basic block's branch", 'pooling, zeros for new channels'),
     Row(TIMMSwinFamily, ('timm.swin_transformer', 'timm.swin_transformer_v2'), 'timm Swin, SwinV2',
         'swinv2_base_window12_192.ms_in22k', "attention, MLP, V2's post-norms included", 'own patch merging'),
     Row(ViTFamily, ('timm.vision_transformer', 'timm.deit'), 'timm ViT: AugReg, DeiT, DINOv2, CLIP',
@@ -55,7 +55,7 @@ TABLE = [
     Row(InvertedResidualFamily, ('timm.efficientnet', 'timm.mobilenetv3'), 'timm EfficientNet, MobileNetV2, V3',
         'tf_efficientnet_lite0', 'each block with a skip connection', 'pooling, zeros for new channels'),
     Row(DiscoveredFamily, (), 'any other module that returns maps', "type='mmdet.HRNet'",
-        'blocks that lead to each map, found by running it once', 'pooling, zeros for new channels', 'its own'),
+        'blocks that lead to each map, found by running it on noise', 'pooling, zeros for new channels', 'its own'),
 ]
 # fmt: on
 FAMILIES: dict[str, type[Family]] = {key: row.family for row in TABLE for key in row.keys}

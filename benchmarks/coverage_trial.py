@@ -18,7 +18,7 @@ from mmengine.registry import MODELS
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from benchmarks.synthetic import IMAGES, dicts_of, make_batch
+from benchmarks.coverage_data import IMAGES, dicts_of, make_batch
 from e3va_mm.backbones.base import FrozenBackbone
 
 POOL = 2**18

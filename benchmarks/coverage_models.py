@@ -5,7 +5,6 @@ Left are types, widths, stages, ``out_indices``, and with them all that necks an
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from benchmarks.training import ROOT
+from e3va_mm.tune import configs_of
 
 # Of an image's side; a few models take no image as small as the first.
 PIXELS = (64, 512)
@@ -43,11 +43,6 @@ def _not_pretrained(value: Any) -> Any:
     entries = value if isinstance(value, (list, tuple)) else [value]
     kept = [entry for entry in entries if not (entry and 'checkpoint' in entry)]
     return value if len(kept) == len(entries) else kept or None
-
-
-def configs_of(toolbox: str) -> Path:
-    """The folder of a toolbox's stock configs."""
-    return Path(importlib.import_module(toolbox).__path__[0], '.mim/configs')
 
 
 # By key, wherever it stands in a model.
