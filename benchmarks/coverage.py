@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Puts every stock config of the installed toolboxes through e3va_mm.tune, and its shrunk model through a step.
 
-A config is loaded and tuned; its model, shrunk (coverage_models.py), is built, stock and tuned, and put through the steps
-of coverage_trial.py on made-up data. Configs whose shrunk models are the same share one trial. Results go into a JSON
-file as they come, and a restart goes on where it stopped.
+A config is loaded and tuned; its model, shrunk (coverage_models.py), is built, stock and tuned, and put through
+the steps of coverage_trial.py on made-up data. Configs whose shrunk models are the same share one trial. Results go
+into a JSON file as they come, and a restart goes on where it stopped.
 """
 
 from __future__ import annotations
