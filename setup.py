@@ -1,8 +1,10 @@
 """Packaging; see README.md for the ways to install."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = next(
@@ -21,6 +23,31 @@ PRETRAIN = ['onedl-mmpretrain>=1.3']
 ROTATE = [*DET, 'onedl-mmrotate>=1.2']
 TEST = ['pytest', 'pytest-cov', 'pytest-xdist', 'pyyaml', 'ruff']
 
+# What an installed package has of the clone, in the folder where OpenMMLab's programs look for it.
+MIM = ['model-index.yml', 'configs/*/metafile.yml', 'configs/**/*.py']
+MIM += [f'tools/{name}.py' for name in ('train', 'test', 'infer', 'merge', 'publish_adapter')]
+MIM += ['tools/dist_*.sh', 'tools/slurm_*.sh']
+# mim 0.5 takes the first line of the list of installed files for the package. The console commands are in ../../../bin,
+# and so a name that sorts before the dot has to come first: pip sorts.
+MIM_FOLDERS = ('e3va_mm/.mim', '+e3va_mm/.mim')
+COMMANDS = ('train', 'test', 'infer', 'merge', 'publish')
+
+
+class BuildWithMim(build_py):
+    """Copies configs and tools into the package that is built; an editable one takes them from its clone."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for target in (Path(self.build_lib, folder) for folder in MIM_FOLDERS):
+            shutil.rmtree(target, ignore_errors=True)  # An earlier build may have left what is gone since.
+            for file in (file for pattern in MIM for file in ROOT.glob(pattern)):
+                copy = target / file.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, copy)
+
+
 setup(
     name='e3va_mm',
     version=VERSION,
@@ -30,6 +57,8 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['e3va_mm', 'e3va_mm.*']),
     package_data={'e3va_mm': ['weights/*.pth', 'weights/*.md']},
+    cmdclass={'build_py': BuildWithMim},
+    entry_points={'console_scripts': [f'e3va-{name} = e3va_mm.commands:{name}' for name in COMMANDS]},
     python_requires='>=3.10',
     install_requires=['safetensors'],
     extras_require={

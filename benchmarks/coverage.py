@@ -35,7 +35,7 @@ from benchmarks.coverage_models import image_sizes, shrink
 from benchmarks.coverage_trial import Trial, attempt
 from benchmarks.training import ROOT, provenance
 from e3va_mm.compat import repair_text_detectors
-from e3va_mm.tune import configs_of
+from e3va_mm.named_configs import configs_of
 
 TOOLBOXES = ('mmdet', 'mmseg')
 RESULTS = ROOT / 'benchmarks/results/coverage.json'

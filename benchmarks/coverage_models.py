@@ -12,7 +12,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from benchmarks.training import ROOT
-from e3va_mm.tune import configs_of
+from e3va_mm.named_configs import configs_of
 
 # Of an image's side; a few models take no image as small as the first.
 PIXELS = (64, 512)

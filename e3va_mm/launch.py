@@ -24,7 +24,8 @@ from .checkpoints.base_weights import names_weights
 from .checkpoints.files import read_weights_only
 from .checks import check_count
 from .compat import repair_text_detectors
-from .tune import find_config, tune
+from .named_configs import find_config
+from .tune import tune
 
 # All but the first detect.
 SCOPES = ('mmseg', 'mmdet', 'mmrotate')
@@ -46,7 +47,7 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The config, and what changes it."""
-    parser.add_argument('config', help='config file, or the name of one in a toolbox: mmdet::…, mmseg::…')
+    parser.add_argument('config', help='config file, or the name of one: mmdet::…, mmseg::…, e3va_mm::…')
     parser.add_argument('--tune', metavar='METHOD', help='e3va or another method: wraps the backbone of a stock config')
     parser.add_argument(
         '--cfg-options',

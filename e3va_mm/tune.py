@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib.util
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from .backbones.tuned import TunedBackbone
 from .checkpoints.whole_model import backbone_prefix, state_keys
 from .checks import check_options
 from .methods import METHODS, known_options
+from .named_configs import find_config
 
 # What is wrapped: dicts with a type under these keys, at any depth of a model.
 KEYS = ('backbone', 'teacher_backbone', 'image_encoder')
@@ -43,7 +43,7 @@ def tune(config: Config | str | Path, method: str = 'e3va', **options) -> Config
       at which rates, and what a step costs.
 
     Args:
-        config: a config, its path, or its name in a toolbox, such as
+        config: a config, its path, or its name in a toolbox or here, such as
             ``'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco'``.
         method: 'e3va', or one of :mod:`e3va_mm.methods`, in any case; 'full' leaves the config as it is.
         **options: of :class:`~e3va_mm.backbones.e3va.E3VABackbone`, or of the method; for methods ``frozen_dtype`` and
@@ -63,33 +63,6 @@ def tune(config: Config | str | Path, method: str = 'e3va', **options) -> Config
     _set_rates(config.get('optim_wrapper'))
     _add_package(config)
     return config
-
-
-def find_config(name: str | Path) -> Path:
-    """The file of a config that is named by its path, or as ``toolbox::path``, with or without ``.py``.
-
-    Raises:
-        FileNotFoundError: the toolbox or the file is missing; names similar ones.
-    """
-    toolbox, separator, path = str(name).rpartition('::')
-    folder = configs_of(toolbox) if separator else Path()
-    found = [file for file in (folder / path, folder / f'{path}.py') if file.is_file()]
-    if found:
-        return found[0]
-    known = [str(file.relative_to(folder)) for file in folder.rglob('*.py')] if separator else []
-    similar = difflib.get_close_matches(path, known, 3)
-    raise FileNotFoundError(f'config {name} does not exist' + (f'; similar are {similar}' if similar else ''))
-
-
-def configs_of(toolbox: str) -> Path:
-    """The folder of the configs that a toolbox brings."""
-    spec = importlib.util.find_spec(toolbox)
-    package = Path(spec.origin).parent if spec and spec.origin else None
-    # Installed as a wheel, or from a clone.
-    for folder in (package / '.mim' / 'configs', package.parent / 'configs') if package else ():
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f'{toolbox}:: names no installed toolbox with configs')
 
 
 def _wrapper(method: str, options: dict) -> dict:
