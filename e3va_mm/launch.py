@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 
 from .backbones.base import FrozenBackbone
 from .checkpoints.base_weights import names_weights
-from .checkpoints.files import read_weights_only
+from .checkpoints.files import read_checkpoint, read_weights_only
 from .checks import check_count
 from .compat import repair_text_detectors
 from .named_configs import find_config
@@ -65,6 +65,15 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
+def parse_checkpoint(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with a checkpoint as its last argument: given alone, it stands for its config as well."""
+    parser.add_argument('checkpoint', nargs='?', help='checkpoint file; alone, without a config, it brings its own')
+    # Otherwise flags could not stand between the two.
+    args = parser.parse_intermixed_args()
+    args.checkpoint = args.checkpoint or args.config
+    return args
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """The config of a tool run, with the command line's overrides, and its folders and devices checked.
 
@@ -85,7 +94,7 @@ def read_config(name: str, options: dict | None, method: str | None = None) -> C
     """A config with overrides and its toolbox; from here on, the process reads files of weights as weights only.
 
     Args:
-        name: path of a config, or its name in a toolbox.
+        name: path of a config, its name in a toolbox, or a checkpoint, which brings its config.
         options: overrides by their keys. They are of the tuned config, but for those that name weights of the stock
             model: with a ``method``, these count before it.
         method: to tune it by, see :func:`~e3va_mm.tune.tune`.
@@ -94,7 +103,7 @@ def read_config(name: str, options: dict | None, method: str | None = None) -> C
         FileNotFoundError, ValueError: the config or the toolbox it asks for is missing, or it can not be tuned so.
     """
     read_weights_only()
-    config, options = Config.fromfile(find_config(name)), dict(options or {})
+    config, options = _load(name), dict(options or {})
     if method:
         named = {key: options.pop(key) for key in list(options) if _STOCK_WEIGHTS.match(key)}
         config.merge_from_dict(named)
@@ -104,6 +113,16 @@ def read_config(name: str, options: dict | None, method: str | None = None) -> C
     if 'language_model' in config.get('model', {}):
         repair_text_detectors()
     return config
+
+
+def _load(name: str) -> Config:
+    if Path(name).suffix not in ('.safetensors', '.pth'):
+        return Config.fromfile(find_config(name))
+    text = read_checkpoint(name).get('meta', {}).get('cfg')
+    if not text:
+        raise ValueError(f'{name} holds no config: give the one that it was trained with')
+    # By its file name, work dirs are called after it.
+    return Config(Config.fromstring(text, '.py').to_dict(), text, filename=f'{Path(name).stem}.py')
 
 
 def _set_scope(config: Config) -> None:

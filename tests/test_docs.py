@@ -65,7 +65,7 @@ def test_configs_on_the_pages_build(number, tmp_path):
     assert rates == {config.optim_wrapper.optimizer.lr}
 
 
-NAMES = {name for page in PAGES for name in re.findall(r'mm(?:det|seg)::\w+/[\w./-]+', page.read_text())}
+NAMES = {name for page in PAGES for name in re.findall(r'(?:mmdet|mmseg|e3va_mm)::\w+/[\w./-]+', page.read_text())}
 
 
 @pytest.mark.parametrize('name', sorted(NAMES))

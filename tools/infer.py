@@ -13,7 +13,7 @@ import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::
 from e3va_mm.checkpoints.comparison import check_fits
 from e3va_mm.checkpoints.files import read_checkpoint
 from e3va_mm.checks import check_target
-from e3va_mm.launch import add_config_arguments, read_config
+from e3va_mm.launch import add_config_arguments, parse_checkpoint, read_config
 
 IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -22,11 +22,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('image', help='image file or folder of images')
     add_config_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out-dir', required=True, help='folder for the pictures')
     parser.add_argument('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--score-thr', type=float, default=0.3, help='lowest score of a box that is drawn')
-    return parser.parse_args()
+    return parse_checkpoint(parser)
 
 
 def find_images(path: str) -> list[Path]:

@@ -20,6 +20,7 @@ from e3va_mm.launch import (
     end_distributed_run,
     leaf_datasets,
     load_config,
+    parse_checkpoint,
     resolve_type,
 )
 
@@ -27,14 +28,13 @@ from e3va_mm.launch import (
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='predictions: a folder for segmentation, a .pkl file for detection')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
     parser.add_argument('--show-dir', help='folder for pictures of the predictions')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds between windows')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     add_common_arguments(parser)
-    return parser.parse_args()
+    return parse_checkpoint(parser)
 
 
 def show_predictions(config: Config, args: argparse.Namespace) -> None:
