@@ -85,6 +85,15 @@ def test_a_config_is_trained_by_its_name(trained):
     assert (folder / 'iter_2.pth').is_file()
 
 
+def test_a_checkpoint_alone_is_tested(site, trained, tmp_path):
+    """By the config that it holds, and with flags before it."""
+    folder, log = trained
+    command = [site / 'bin/e3va-test', '--work-dir', tmp_path, folder / 'iter_2.pth']
+    tested = run(*command, cwd=tmp_path, PYTHONPATH=str(site))
+    metrics = [re.findall(r'mIoU: ([\d.]+)', printed)[-1] for printed in (log, tested)]
+    assert metrics[0] == metrics[1]
+
+
 def test_an_adapter_alone_predicts(site, data, trained, tmp_path):
     """Its config is in it; the pictures are those that config and checkpoint give."""
     folder, _ = trained
