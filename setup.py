@@ -57,8 +57,6 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['e3va_mm', 'e3va_mm.*']),
     package_data={'e3va_mm': ['weights/*.pth', 'weights/*.md']},
-    cmdclass={'build_py': BuildWithMim},
-    entry_points={'console_scripts': [f'e3va-{name} = e3va_mm.commands:{name}' for name in COMMANDS]},
     python_requires='>=3.10',
     install_requires=['safetensors'],
     extras_require={
@@ -71,4 +69,6 @@ setup(
         'test': TEST,
         'all': sorted({*SEG, *DET, *PEFT, *TIMM, *TEST}),
     },
+    cmdclass={'build_py': BuildWithMim},
+    entry_points={'console_scripts': [f'e3va-{name} = e3va_mm.commands:{name}' for name in COMMANDS]},
 )
