@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from e3va_mm.datasets.shapes import CLASSES, write_shapes
+from benchmarks.shapes import CLASSES, write_shapes
 
 pycocotools = pytest.importorskip('pycocotools.coco')
 

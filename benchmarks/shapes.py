@@ -1,4 +1,4 @@
-"""A small data set that the package draws itself, for the demo and the tests: no download, the same every time.
+"""A small data set that is drawn, for tests of the tools: no download, the same every time.
 
 Five kinds of shapes, each filled with a pattern of its own, lie on a noisy ground among plain distractors and partly
 cover one another. Colours, noise, size, place and direction are random, so that neither colour nor brightness tells a
@@ -127,6 +127,6 @@ def _coco_instance(category: int, mask: np.ndarray) -> dict:
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description='Writes the demo data set.')
+    parser = argparse.ArgumentParser(description='Writes the data set.')
     parser.add_argument('root', nargs='?', default='data/shapes')
     write_shapes(parser.parse_args().root)
