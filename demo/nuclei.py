@@ -1,5 +1,5 @@
 # The demo: which pixels are nuclei, and which are the border that keeps touching nuclei apart. A stock Swin (nano)
-# with SegFormer's light head; `--tune e3va` or `--tune frozen` decides what of the backbone is trained.
+# with a head of one layer; `--tune e3va` or `--tune frozen` decides what of the backbone is trained.
 _base_ = [
     'mmseg::_base_/default_runtime.py',
     '../configs/_base_/schedules/small_sets.py',
@@ -8,7 +8,6 @@ _base_ = [
 data_root = 'work_dirs/demo/data'
 crop_size = (192, 192)
 metainfo = dict(classes=('ground', 'nucleus', 'border'), palette=[[0, 0, 0], [60, 200, 120], [240, 120, 40]])
-norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=dict(
@@ -30,14 +29,17 @@ model = dict(
         drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint='e3va://swin_nano_tiny_imagenet.pth'),
     ),
+    # One linear layer on the four maps: what it finds, the backbone has seen.
     decode_head=dict(
-        type='SegformerHead',
+        type='FCNHead',
+        num_convs=0,
+        concat_input=False,
+        input_transform='resize_concat',
         in_channels=[48, 96, 192, 384],
         in_index=[0, 1, 2, 3],
-        channels=64,
-        dropout_ratio=0.1,
+        channels=720,
+        dropout_ratio=0.0,
         num_classes=3,
-        norm_cfg=norm_cfg,
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', class_weight=[1.0, 1.0, 2.0]),
     ),
