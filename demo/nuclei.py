@@ -73,7 +73,7 @@ train_dataloader = dict(
         pipeline=train_pipeline,
     ),
 )
-val_dataloader = dict(
+test_dataloader = dict(
     batch_size=1,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False),
@@ -85,12 +85,11 @@ val_dataloader = dict(
         pipeline=test_pipeline,
     ),
 )
-test_dataloader = val_dataloader
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-test_evaluator = val_evaluator
-max_iters = 240
+test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 # No validation while it trains: demo/run.py tests at the end, and keeps what is predicted.
-train_cfg = dict(max_iters=max_iters, val_interval=10 * max_iters)
+val_cfg = None
+max_iters = 240
+train_cfg = dict(max_iters=max_iters)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=20, end=max_iters, by_epoch=False),

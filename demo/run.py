@@ -96,7 +96,7 @@ class Run:
     def __init__(self, name: str, work_dir: Path, quick: bool, progress: Progress) -> None:
         folder, self.flags, self.options = METHODS[name]
         self.name, self.folder, self.progress = name, work_dir / folder, progress
-        loaders = (f'{split}_dataloader.dataset' for split in ('train', 'val', 'test'))
+        loaders = (f'{split}_dataloader.dataset' for split in ('train', 'test'))
         self.options = [*self.options, *(f'{loader}.data_root={work_dir / "data"}' for loader in loaders)]
         if quick:
             self.options += ['train_cfg.max_iters=2', f'test_dataloader.dataset.indices={places()}']
