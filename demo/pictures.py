@@ -28,20 +28,17 @@ def draw(truths: dict, predictions: dict[str, dict], path: Path) -> None:
         for index, model in enumerate(predictions):
             predicted = predictions[model][name][:SIDE, :SIDE]
             found = match(truth, predicted)
-            wrong = count(predicted) - len(found)
             show(row[2 + 2 * index], coloured(predicted), model, weight='bold')
-            title = f'{len(found)} found, {count(truth) - len(found)} missed, {wrong} wrong'
+            title = f'{len(found)} found, {count(truth) - len(found)} missed'
             show(row[3 + 2 * index], mistakes(truth, predicted, found), title)
-    figure.suptitle(
-        'Left of each pair: a colour a nucleus. Right: green found, red missed, orange wrong (no nucleus, or several)'
-    )
+    figure.suptitle('Left of each pair: a colour a nucleus. Right: green found, red missed or merged, orange no nucleus')
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
 def show(axis, picture: np.ndarray, title: str, **style) -> None:
     axis.imshow(picture)
-    axis.set_title(title, fontsize=10, **style)
+    axis.set_title(title, fontsize=11, **style)
     axis.set_axis_off()
 
 
