@@ -31,7 +31,7 @@ def draw(truths: dict, predictions: dict[str, dict], path: Path) -> None:
             show(row[2 + 2 * index], coloured(predicted), model, weight='bold')
             title = f'{len(found)} found, {count(truth) - len(found)} missed'
             show(row[3 + 2 * index], mistakes(truth, predicted, found), title)
-    figure.suptitle('Left of each pair: a colour a nucleus. Right: green found, red missed or merged, orange no nucleus')
+    figure.suptitle('Left of a pair: a colour a nucleus. Right: green found, red missed or merged, orange no nucleus')
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
