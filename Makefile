@@ -10,8 +10,8 @@ help:  ## list the targets
 setup:  ## make .venv ready (torch, mmcv with ops, mmdet, mmseg); quick the second time
 	@tools/setup.sh
 
-demo: setup  ## train frozen and E3VA on generated data, then show a table and pictures
-	$(PYTHON_BIN) tools/demo.py
+demo: setup  ## find nuclei with a frozen backbone, E3VA and full fine-tuning: a table and a picture
+	$(PYTHON_BIN) demo/run.py
 
 test: setup  ## run the tests
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest $(TEST_ARGS)

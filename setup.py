@@ -56,7 +56,15 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['e3va_mm', 'e3va_mm.*']),
-    package_data={'e3va_mm': ['weights/*.pth', 'weights/*.md']},
+    package_data={
+        'e3va_mm': [
+            'weights/*.pth',
+            'weights/*.md',
+            'data/nuclei/*.md',
+            'data/nuclei/*/*.json',
+            'data/nuclei/*/*/*.jpg',
+        ]
+    },
     python_requires='>=3.10',
     install_requires=['safetensors'],
     extras_require={

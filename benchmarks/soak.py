@@ -24,9 +24,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.shapes import write_shapes
 from benchmarks.training import ROOT, provenance
 from e3va_mm.checkpoints.files import read_checkpoint
-from e3va_mm.datasets.shapes import write_shapes
 
 CONFIG = 'configs/shapes/e3va-swin-nano_upernet_1xb8-600_shapes-96x96.py'
 SHORT = ['train_cfg.max_iters=16', 'train_cfg.val_interval=4', 'param_scheduler.1.end=32', 'randomness.seed=0']

@@ -11,7 +11,7 @@ import torch
 from mmengine.registry import MODELS
 
 import e3va_mm  # noqa: F401  (registers the backbones)
-from e3va_mm.datasets.shapes import write_shapes
+from benchmarks.shapes import write_shapes
 from e3va_mm.highway.adapters import single_delta
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ from e3va_mm.tune import find_config, tune
 
 PAGES = sorted(
     path
-    for pattern in ('*.md', 'docs/*.md', 'configs/*/README.md', 'benchmarks/*.md', 'e3va_mm/weights/*.md')
+    for pattern in ('*.md', 'docs/*.md', 'configs/*/README.md', 'benchmarks/*.md', 'e3va_mm/**/*.md')
     for path in ROOT.glob(pattern)
 )
 FENCED = re.compile(r'^```.*?^```$', re.MULTILINE | re.DOTALL)

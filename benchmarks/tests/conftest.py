@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.shapes import write_shapes
 from benchmarks.training import ROOT
-from e3va_mm.datasets.shapes import write_shapes
 
 
 def script(*command, ok=True) -> str:

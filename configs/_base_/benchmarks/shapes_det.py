@@ -1,4 +1,4 @@
-# The demo: RetinaNet with Swin-nano on the generated shapes.
+# For tests: RetinaNet with Swin-nano on the generated shapes.
 _base_ = [
     '../models/retinanet_swin-nano.py',
     '../datasets/shapes_det.py',

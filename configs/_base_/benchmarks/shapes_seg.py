@@ -1,4 +1,4 @@
-# The demo: UPerNet with Swin-nano on the generated shapes.
+# For tests: UPerNet with Swin-nano on the generated shapes.
 _base_ = [
     '../models/upernet_swin-nano.py',
     '../datasets/shapes_seg.py',

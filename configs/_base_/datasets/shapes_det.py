@@ -1,4 +1,4 @@
-# The generated shapes as detection; `python -m e3va_mm.datasets.shapes data/shapes` writes them.
+# The generated shapes as detection; `python benchmarks/shapes.py data/shapes` writes them.
 _base_ = './nuclei.py'
 data_root = 'data/shapes/'
 metainfo = dict(
