@@ -172,6 +172,17 @@ def test_what_detectors_add_to_a_resnet_need_not_be_in_its_weights(tmp_path):
     assert not loaded['layer2.0.conv2.conv_offset.weight'].any()
 
 
+def test_a_checkpoint_leaves_a_base_alone_that_recomputes_what_it_misses():
+    # DetectoRS' convolutions take their gamma and beta from their weights, unless they are given.
+    model = e3va(dict(type='mmdet.ResNet', depth=50, base_channels=8, conv_cfg=dict(type='ConvAWS')))
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    assert any(name.endswith('weight_gamma') for name in before)
+    stir(model)
+    model.load_state_dict(model.state_dict())
+    for name, value in model.backbone.state_dict().items():
+        assert_close(value, before[name], rtol=0, atol=0)
+
+
 class Own(nn.Module):
     """Somebody's: tokens with two ahead of the patches, then a map; blocks return a tuple."""
 

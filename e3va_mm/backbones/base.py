@@ -129,8 +129,10 @@ class FrozenBackbone(FrozenModule):
             self.load_base()
         self._check_base(found)
         state_dict.pop(prefix + FINGERPRINT)
-        # The children load next, from the same dict: the base is given back what it holds.
-        state_dict.update({f'{prefix}backbone.{name}': value for name, value in self._frozen_tensors().items()})
+        # The children load next, from the same dict: the base is given back what it holds. Copies of buffers, since
+        # some modules (mmcv's ConvAWS2d) overwrite theirs before they read.
+        for name, value in self._frozen_tensors().items():
+            state_dict[f'{prefix}backbone.{name}'] = value if isinstance(value, nn.Parameter) else value.clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _stock_module(self) -> nn.Module:
