@@ -31,6 +31,12 @@ setup(
     packages=find_packages(include=['e3va_mm', 'e3va_mm.*']),
     package_data={'e3va_mm': ['weights/*.pth', 'weights/*.md']},
     python_requires='>=3.10',
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)),
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
     install_requires=['safetensors'],
     extras_require={
         'seg': SEG,
