@@ -66,6 +66,12 @@ setup(
         ]
     },
     python_requires='>=3.10',
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3',
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)),
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
     install_requires=['safetensors'],
     extras_require={
         'seg': SEG,

@@ -5,11 +5,13 @@ Importing the package registers its modules with mmengine; neither mmseg nor mmd
 
 from .compat import declare_torchvision_ops, leave_out_multimodal, resolve_config_scopes
 from .named_configs import resolve_own_configs
+from .ops import stand_in
 
 declare_torchvision_ops()
 resolve_config_scopes()
 resolve_own_configs()
 leave_out_multimodal()
+stand_in()
 
 from . import backbones, checkpoints, hooks, necks, optim  # noqa: E402, F401
 from .tune import tune  # noqa: E402, F401

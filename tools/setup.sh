@@ -1,27 +1,43 @@
 #!/usr/bin/env bash
 # Makes .venv ready for everything in this repository, and does nothing when it already is.
 #
-# PYTHON         interpreter to start from (default: python3; 3.10 to 3.12)
+# No compiler is needed: where pip finds no wheel of mmcv with compiled operators, mmcv comes without, and e3va_mm brings
+# those that detectors and segmentors need (e3va_mm/ops).
+#
+# PYTHON         interpreter to start from (default: python3; 3.10 to 3.13)
 # PIP_FIND_LINKS folders with ready wheels, as pip reads it
+# MMCV_OPS       build: compile mmcv's operators, which takes a C++ compiler, and nvcc for a GPU
+# TORCH_CUDA_ARCH_LIST   GPUs to compile them for (default: those that are there; without one, all that torch knows)
 # MMCV_VERSION   version of onedl-mmcv
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 mmcv_version=${MMCV_VERSION:-2.3.6}
+mmcv_ops=${MMCV_OPS:-}
 venv=.venv
-stamp=$venv/ready-$(cat requirements/pinned.txt setup.py tools/setup.sh | cksum | cut -d' ' -f1)-$mmcv_version
+stamp=$venv/ready-$(cat requirements/pinned.txt setup.py tools/setup.sh | cksum | cut -d' ' -f1)-$mmcv_version${mmcv_ops:+-$mmcv_ops}
 [ -f "$stamp" ] && exit 0
 
 say() { printf '\n[setup] %s\n' "$*"; }
 die() { printf '\n[setup] error: %s\n' "$*" >&2; exit 1; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+# A person sees pip's own progress; a log does not need it.
+install() { if [ -t 1 ]; then pip install "$@"; else pip install --quiet "$@"; fi; }
+
 has_ops() { "$venv/bin/python" -c 'import torch, mmcv._ext' 2>/dev/null; }
+# Operators for the CPU alone would be in the way beside a torch with CUDA: those of e3va_mm run on a GPU.
+has_fitting_ops() {
+    has_ops && { [ "$mmcv_ops" = build ] && ! can_build_cuda || "$venv/bin/python" -c '
+import sys, torch, mmcv._ext
+sys.exit(bool(torch.version.cuda) and mmcv._ext.get_compiling_cuda_version() == "not available")'; }
+}
 
 check_machine() {
-    command -v "$python" >/dev/null || die "$python not found; set PYTHON to a Python 3.10, 3.11 or 3.12"
-    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' ||
-        die "$("$python" --version) is not 3.10 to 3.12; set PYTHON to one that is"
+    [ -z "$mmcv_ops" ] || [ "$mmcv_ops" = build ] || die "MMCV_OPS=$mmcv_ops is not known; leave it out, or say build"
+    command -v "$python" >/dev/null || die "$python not found; set PYTHON to a Python 3.10 to 3.13"
+    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
+        die "$("$python" --version) is not 3.10 to 3.13; set PYTHON to one that is"
 }
 
 make_venv() {
@@ -32,11 +48,10 @@ make_venv() {
 
 install_pinned() {
     say 'installing the pinned packages (torch, mmengine, mmdetection, mmsegmentation, tools)'
-    pip install --quiet setuptools wheel
-    pip install --quiet --requirement requirements/pinned.txt
+    install --requirement requirements/pinned.txt
     if ! "$venv/bin/python" -c 'import cv2' 2>/dev/null; then
         say 'opencv-python needs libGL, which is missing here: taking the headless build'
-        pip install --quiet --force-reinstall --no-deps opencv-python-headless==4.12.0.88
+        install --force-reinstall --no-deps opencv-python-headless==4.12.0.88
     fi
 }
 
@@ -55,16 +70,33 @@ can_build_cuda() {
 # --no-cache-dir: pip's own cache knows nothing of the torch that a wheel was built against.
 install_ready_mmcv() {
     pip install --quiet --no-cache-dir --only-binary=:all: --find-links "$(wheel_cache)" \
-        "onedl-mmcv==$mmcv_version" 2>/dev/null && has_ops
+        "onedl-mmcv==$mmcv_version" 2>/dev/null && has_fitting_ops
+}
+
+# Built apart from torch, which is what makes it a wheel without operators: seconds, and no compiler.
+install_plain_mmcv() {
+    say "installing mmcv $mmcv_version without compiled operators; e3va_mm brings those that it needs"
+    MMCV_WITH_OPS=0 install --no-cache-dir --no-deps --no-binary onedl-mmcv "onedl-mmcv==$mmcv_version"
+    install "onedl-mmcv==$mmcv_version"  # what it depends on
+}
+
+# Without a GPU in sight torch's build tools find none to compile for, and end in an IndexError.
+gpus_to_build_for() {
+    "$venv/bin/python" -c '
+import re, torch
+if not torch.cuda.is_available():
+    print(";".join(f"{a}.{b}" for a, b in re.findall(r"sm_(\d+)(\d)\b", torch._C._cuda_getArchFlags() or "")))'
 }
 
 build_mmcv() {
     local cores started=$SECONDS log=$venv/mmcv-build.log
     cores=$(nproc)
-    command -v "${CXX:-c++}" >/dev/null || die 'no C++ compiler found; mmcv has ops to build (on Debian: apt-get install g++)'
+    command -v "${CXX:-c++}" >/dev/null || die 'no C++ compiler found, which MMCV_OPS=build needs (on Debian: apt-get install g++)'
     local -a flags=(MMCV_WITH_OPS=1 "MAX_JOBS=$cores" CFLAGS=-g0 CXXFLAGS=-g0)
     if can_build_cuda; then
         flags+=(FORCE_CUDA=1)
+        local gpus=${TORCH_CUDA_ARCH_LIST:-$(gpus_to_build_for)}
+        if [ -n "$gpus" ]; then flags+=("TORCH_CUDA_ARCH_LIST=$gpus"); fi
         say "building mmcv $mmcv_version with CUDA ops on $cores cores; this can take half an hour. Log: $log"
     else
         flags+=(CUDA_VISIBLE_DEVICES= FORCE_CUDA=0)
@@ -84,8 +116,14 @@ build_mmcv() {
 check_machine
 make_venv
 install_pinned
-say 'looking for a ready wheel of mmcv'
-install_ready_mmcv || { pip uninstall --quiet --yes onedl-mmcv 2>/dev/null || true; build_mmcv; }
-pip install --quiet --no-deps --no-build-isolation --editable .
+if ! has_fitting_ops; then
+    say 'looking for a ready wheel of mmcv with compiled operators'
+    if ! install_ready_mmcv; then
+        pip uninstall --quiet --yes onedl-mmcv 2>/dev/null || true
+        if [ "$mmcv_ops" = build ]; then build_mmcv; else install_plain_mmcv; fi
+    fi
+fi
+say 'installing e3va_mm from this folder'
+install --no-deps --no-build-isolation --editable .
 touch "$stamp"
 say "ready: $venv"
