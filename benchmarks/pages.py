@@ -28,6 +28,7 @@ DETECTORS_RATE = '+rate10'
 COSTS = ('full', 'lora', 'mona', 'frozen', 'e3va+bf16', 'e3va+bf16+taps-float8+sampled')
 SETS = {'camvid': 'CamVid, mIoU', 'bccd': 'BCCD, mAP', 'nuclei': 'nuclei, mask AP'}
 ACCURACY = ('frozen', 'partial', 'lora', 'mona', 'e3va', LIGHT, PICKED, 'full')
+DEMO = ('method', 'nuclei found', 'wrong', 'mIoU', 'trained', 'peak memory', 'step', 'checkpoint')
 SEQUENTIAL = ('adapter', 'lora', 'mona')
 
 
@@ -62,6 +63,27 @@ def format_all_costs(amp: Path) -> str:
 def format_fits(fits: Path) -> str:
     rows = load_rows(fits)
     return cost_tables.format_fits(rows) + _source(rows, 'fits')
+
+
+def demo_cells(row: dict) -> list[str]:
+    """A row of the demo's results, under :data:`DEMO`."""
+    return [
+        row['method'],
+        f'{row["found"]:,} of {row["nuclei"]:,} ({row["found"] / row["nuclei"]:.0%})',
+        str(row['wrong']),
+        f'{row["mIoU"]:.1f}',
+        f'{row["trained"]:,}',
+        memory(row['peak_memory_mib']),
+        milliseconds(row['step_seconds']),
+        f'{row["checkpoint_mib"]:.1f} MiB',
+    ]
+
+
+def format_demo(demo: Path) -> str:
+    """What each training of the demo finds, and what it takes."""
+    content = read(demo)
+    source = f'Measured on two cores, {content["device"]}, {content["date"]}: {content["seconds"]} s in all.'
+    return f'{table(DEMO, map(demo_cells, content["rows"]))}\n\n{source}'
 
 
 def runs_of(groups: Groups, dataset: str, method: str) -> list[dict]:

@@ -59,6 +59,7 @@ def _families() -> str:
 
 # Page, name, what makes the table, and the result files it is made of.
 SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
+    ('README.md', 'demo', pages.format_demo, ('demo',)),
     ('README.md', 'costs', pages.format_costs, ('amp',)),
     ('README.md', 'accuracy', pages.format_accuracy, ('small_sets',)),
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),

@@ -10,19 +10,23 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
-from nuclei_data import count, match, nuclei_of, true_nuclei, write_nuclei
-from pictures import IMAGES, draw
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from nuclei_data import count, match, nuclei_of, true_nuclei, write_nuclei
+from pictures import IMAGES, draw
+
+from benchmarks.pages import DEMO, demo_cells
+from benchmarks.training import ROOT, provenance
+
 CONFIG = 'demo/nuclei.py'
 RATE, BACKBONE_RATE = 'optim_wrapper.optimizer.lr', 'optim_wrapper.paramwise_cfg.custom_keys.backbone.lr_mult'
 EXTENDED = ['model.backbone.adapter.rank=4', 'model.backbone.mixer.width=96', 'model.backbone.graph_stages=1']
@@ -66,11 +70,12 @@ def main() -> None:
     predictions = {run.name: run.predictions(truths) for run in reversed(runs)}
     for row in rows:
         row.update(score(truths, predictions[row['method']]))
-    (work_dir / 'results.json').write_text(json.dumps({'rows': rows}, indent=1) + '\n')
     draw(truths, predictions, work_dir / 'nuclei.png')
     console.print(table_of(rows, len(truths)))
     console.print(NEXT.format(picture=work_dir / 'nuclei.png'), highlight=False, soft_wrap=True)
-    console.print(f'{time.monotonic() - started:.0f} s in all')
+    results = {**provenance(), 'seconds': round(time.monotonic() - started), 'rows': rows}
+    (work_dir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+    console.print(f'{results["seconds"]} s in all')
 
 
 def live_progress(console: Console) -> Progress:
@@ -131,7 +136,7 @@ class Run:
             process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
             while process.poll() is None:
                 self.show(log.read_text(errors='replace'))
-                threading.Event().wait(0.5)
+                time.sleep(0.5)
         text = log.read_text(errors='replace')
         self.show(text)
         if process.returncode:
@@ -165,14 +170,10 @@ def score(truths: dict, predictions: dict) -> dict:
 
 def table_of(rows: list[dict], num_images: int) -> Table:
     table = Table(title=f'{num_images} validation images')
-    titles = 'method', 'nuclei found', 'wrong', 'mIoU', 'trained', 'peak memory', 'step', 'checkpoint'
-    for title in titles:
+    for title in DEMO:
         table.add_column(title, justify='left' if title == 'method' else 'right')
     for row in rows:
-        found = f'{row["found"]} of {row["nuclei"]} ({row["found"] / row["nuclei"]:.0%})'
-        memory, step = f'{row["peak_memory_mib"]:.0f} MiB', f'{1000 * row["step_seconds"]:.0f} ms'
-        sizes = f'{row["trained"]:,}', memory, step, f'{row["checkpoint_mib"]:.1f} MiB'
-        table.add_row(row['method'], found, str(row['wrong']), f'{row["mIoU"]:.1f}', *sizes)
+        table.add_row(*demo_cells(row))
     return table
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -28,8 +29,7 @@ def path(request, monkeypatch):
         pytest.skip("torchvision's operators are not registered beside this torch")
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+assert_close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
 
 
 def boxes_of(count, side=64.0, seed=0):
@@ -82,7 +82,7 @@ def test_batched_nms(compiled, monkeypatch, kind, classes):
         monkeypatch.setattr(wrapper, 'ext_module', extension)
         results.append(wrapper.batched_nms(boxes, scores, idxs, dict(type=kind, iou_threshold=0.3)))
     assert results[0][1].tolist() == results[1][1].tolist()
-    close(results[1][0], results[0][0])
+    assert_close(results[1][0], results[0][0])
 
 
 @pytest.mark.parametrize('crowd', [name for name in CROWDS if name not in ('many', 'empty')])
@@ -97,7 +97,7 @@ def test_softnms(compiled, crowd, method, offset):
         inds = extension.softnms(boxes, scores, dets, **args)
         results.append((inds, dets[: len(inds)]))
     assert results[0][0].tolist() == results[1][0].tolist()
-    close(results[0][1], results[1][1])
+    assert_close(results[0][1], results[1][1])
 
 
 def test_softnms_of_empty_boxes_keeps_their_scores():
@@ -132,7 +132,7 @@ def test_roi_align(compiled, monkeypatch, count, sampling_ratio, align):
     features, rois, grad = torch.randn(2, 4, 15, 18), regions_of(count), torch.randn(count, 4, 3, 5)
     args = dict(sampling_ratio=sampling_ratio, aligned=align)
     for actual, expected in zip(*(aligned(extension, features, rois, grad, **args) for extension in (ops, compiled))):
-        close(actual, expected)
+        assert_close(actual, expected)
 
 
 def test_roi_align_by_the_maximum_is_refused():
@@ -165,11 +165,11 @@ def test_roi_pool():
     output, argmax = torch.zeros(24, 4, 3, 4), torch.zeros(24, 4, 3, 4, dtype=torch.int)
     args = dict(pooled_height=3, pooled_width=4, spatial_scale=0.5)
     ops.roi_pool_forward(features.detach(), rois, output, argmax, **args)
-    close(output, expected.detach())
+    assert_close(output, expected.detach())
     assert (argmax == -1).any()
     grad, grad_input = torch.randn_like(output), torch.zeros(2, 4, 15, 18)
     ops.roi_pool_backward(grad, rois, argmax, grad_input, **args)
-    close(grad_input, torch.autograd.grad(expected, features, grad)[0])
+    assert_close(grad_input, torch.autograd.grad(expected, features, grad)[0])
 
 
 def test_roi_pool_of_no_regions():
@@ -207,8 +207,8 @@ def test_sigmoid_focal_loss(wrappers, classes, weighted):
     if weighted:
         expected = expected * torch.cat((weight, torch.ones(1)))[target][:, None]
     actual = wrapper.sigmoid_focal_loss(logits, target, 2.5, 0.3, weight, 'sum')
-    close(actual, expected.sum())
-    close(torch.autograd.grad(actual, logits)[0], torch.autograd.grad(expected.sum(), logits)[0])
+    assert_close(actual, expected.sum())
+    assert_close(torch.autograd.grad(actual, logits)[0], torch.autograd.grad(expected.sum(), logits)[0])
 
 
 @pytest.mark.parametrize('weighted', [False, True])
@@ -221,8 +221,8 @@ def test_softmax_focal_loss(wrappers, weighted):
     share = (target >= 0) * (weight[target] if weighted else 1)
     expected = (0.3 * (1 - p) ** 2.5 * -p.log() * share).sum() / 20
     actual = wrapper.softmax_focal_loss(logits, target, 2.5, 0.3, weight, 'mean')
-    close(actual, expected)
-    close(torch.autograd.grad(actual, logits)[0], torch.autograd.grad(expected, logits)[0])
+    assert_close(actual, expected)
+    assert_close(torch.autograd.grad(actual, logits)[0], torch.autograd.grad(expected, logits)[0])
 
 
 @pytest.mark.parametrize('reach', [60.0, 400.0])
@@ -253,7 +253,7 @@ def test_deform_conv(compiled, monkeypatch, modulated, geometry):
         grad = torch.linspace(-1, 1, output.numel()).view_as(output)
         results.append([output, *torch.autograd.grad(output, leaves, grad)])
     for actual, expected in zip(*results):
-        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)  # sums of up to 200 products
+        assert_close(actual, expected, atol=2e-5)  # sums of up to 200 products
 
 
 @pytest.mark.parametrize('shapes', [[(5, 7)], [(6, 8), (3, 4), (1, 1)]])
@@ -266,18 +266,18 @@ def test_ms_deform_attn(wrappers, shapes):
     weights = torch.rand(2, 10, 3, len(shapes), 2, requires_grad=True)
     actual = wrapper.MultiScaleDeformableAttnFunction.apply(value, sizes, starts, locations, weights, 64)
     expected = wrapper.multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
-    close(actual, expected)
+    assert_close(actual, expected)
     grad = torch.randn_like(actual)
     inputs = [value, locations, weights]
     for one, other in zip(torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
-        close(one, other)
+        assert_close(one, other)
 
 
 def test_masked_conv(wrappers):
     features, weight, bias = torch.randn(1, 3, 7, 9), torch.randn(5, 3, 3, 3), torch.randn(5)
     mask = torch.rand(1, 7, 9) > 0.6
     actual = wrappers('masked_conv').masked_conv2d(features, mask.float(), weight, bias, 1)
-    close(actual, F.conv2d(features, weight, bias, padding=1) * mask)
+    assert_close(actual, F.conv2d(features, weight, bias, padding=1) * mask)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -288,8 +288,8 @@ def test_half_precision_is_rounded_only_at_the_ends(dtype):
     expected = aligned(ops, features.float(), rois, grad.float(), **args)
     with torch.autocast('cpu', dtype):
         actual = aligned(ops, features, rois, grad, **args)
-    close(actual[0], expected[0])
-    close(actual[1], expected[1].to(dtype))
+    assert_close(actual[0], expected[0])
+    assert_close(actual[1], expected[1].to(dtype))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -302,10 +302,10 @@ def test_deform_conv_in_half_precision(wrappers, dtype):
         output = layer(*leaves, 1, 1)
     expected = layer(*exact, 1, 1)
     assert output.dtype is dtype
-    close(output, expected.to(dtype))
+    assert_close(output, expected.to(dtype))
     grads = torch.autograd.grad(output.float().sum(), leaves), torch.autograd.grad(expected.sum(), exact)
     for actual, reference in zip(*grads):
-        close(actual, reference.to(dtype))
+        assert_close(actual, reference.to(dtype))
 
 
 def test_an_operator_that_is_not_brought_says_so():

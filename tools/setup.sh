@@ -26,11 +26,15 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 install() { if [ -t 1 ]; then pip install "$@"; else pip install --quiet "$@"; fi; }
 
 has_ops() { "$venv/bin/python" -c 'import torch, mmcv._ext' 2>/dev/null; }
-# Operators for the CPU alone would be in the way beside a torch with CUDA: those of e3va_mm run on a GPU.
+torch_has_cuda() { "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.version.cuda)'; }
+ops_have_cuda() {
+    "$venv/bin/python" -c 'import sys, torch, mmcv._ext as e; sys.exit(e.get_compiling_cuda_version() == "not available")'
+}
+# Operators for the CPU alone would be in the way beside a torch with CUDA, unless no others can be built: e3va_mm's run
+# on a GPU.
 has_fitting_ops() {
-    has_ops && { [ "$mmcv_ops" = build ] && ! can_build_cuda || "$venv/bin/python" -c '
-import sys, torch, mmcv._ext
-sys.exit(bool(torch.version.cuda) and mmcv._ext.get_compiling_cuda_version() == "not available")'; }
+    has_ops || return
+    ops_have_cuda || ! torch_has_cuda || { [ "$mmcv_ops" = build ] && ! can_build_cuda; }
 }
 
 check_machine() {
@@ -64,7 +68,7 @@ wheel_cache() {
 }
 
 can_build_cuda() {
-    [ "$("$venv/bin/python" -c 'import torch; print(torch.version.cuda or "")')" != '' ] && command -v nvcc >/dev/null
+    torch_has_cuda && command -v nvcc >/dev/null
 }
 
 # --no-cache-dir: pip's own cache knows nothing of the torch that a wheel was built against.

@@ -14,6 +14,7 @@ import torch
 
 from .attention import ms_deform_attn_backward, ms_deform_attn_forward
 from .boxes import nms, softnms
+from .common import unsupported
 from .deform import (
     deform_conv_backward_input,
     deform_conv_backward_parameters,
@@ -73,10 +74,7 @@ class _Operators(types.ModuleType):
             raise AttributeError(f'module {self.__name__!r} has no attribute {name!r}')
 
         def missing(*_, **__):
-            raise NotImplementedError(
-                f"mmcv's operator {name} is not among those that e3va_mm brings (e3va_mm/ops); it takes an mmcv with "
-                'compiled operators: make setup MMCV_OPS=build, which needs a C++ compiler, and nvcc for a GPU'
-            )
+            raise unsupported(name)
 
         return missing
 

@@ -25,6 +25,14 @@ def _has_kernel(op: str, device: str) -> bool:
         return False
 
 
+def unsupported(name: str) -> NotImplementedError:
+    """The error of what mmcv's compiled operators have, and these have not."""
+    return NotImplementedError(
+        f"mmcv's operator {name} is not among those that e3va_mm brings (e3va_mm/ops); it takes an mmcv with compiled "
+        'operators: make setup MMCV_OPS=build, which needs a C++ compiler, and nvcc for a GPU'
+    )
+
+
 def wide(tensor: Tensor) -> Tensor:
     """fp16 and bf16 become fp32; the rest stays."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

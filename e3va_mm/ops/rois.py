@@ -3,17 +3,14 @@
 import torch
 from torch import Tensor
 
-from .common import corners, torchvision_has, wide, without_autocast
+from .common import corners, torchvision_has, unsupported, wide, without_autocast
 
 _CORNERS = 2**23  # interpolated pixels at a time: about 300 MB
 
 
 def _refuse_max(pool_mode: int) -> None:
     if pool_mode == 0:
-        raise NotImplementedError(
-            "RoIAlign: pool_mode='max' is not among the operators that e3va_mm brings; pool_mode='avg' is, and an mmcv "
-            'with compiled operators (make setup MMCV_OPS=build) has both'
-        )
+        raise unsupported("roi_align with pool_mode='max'")
 
 
 @without_autocast
