@@ -244,12 +244,25 @@ def test_deform_conv(compiled, monkeypatch, modulated, geometry):
     size = F.conv2d(features, weight, None, stride, padding, dilation, groups).shape[2:]
     offset, mask = torch.randn(2, offset_groups * 12, *size) * 3, torch.rand(2, offset_groups * 6, *size)
     inputs = [features, offset, *([mask, weight, bias] if modulated else [weight])]
+    name = 'modulated_deform_conv2d' if modulated else 'deform_conv2d'
+    assert_same_convolution(compiled, monkeypatch, wrapper, name, inputs, geometry)
+
+
+def test_modulated_deform_conv_reads_offsets_of_another_size_as_they_lie(compiled, monkeypatch):
+    """DyHead gives those of a level to the convolution of a smaller one."""
+    wrapper = importlib.import_module('mmcv.ops.modulated_deform_conv')
+    offset, mask = torch.randn(2, 18, 6, 12), torch.rand(2, 9, 6, 12)
+    inputs = [torch.randn(2, 4, 3, 6), offset, mask, torch.randn(8, 4, 3, 3), torch.randn(8)]
+    assert_same_convolution(compiled, monkeypatch, wrapper, 'modulated_deform_conv2d', inputs, (1, 1, 1, 1, 1))
+
+
+def assert_same_convolution(compiled, monkeypatch, wrapper, name, inputs, geometry):
+    """Output, and gradients of all inputs."""
     results = []
     for extension in (ops, compiled):
         monkeypatch.setattr(wrapper, 'ext_module', extension)
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        convolve = wrapper.modulated_deform_conv2d if modulated else wrapper.deform_conv2d
-        output = convolve(*leaves, *geometry)
+        output = getattr(wrapper, name)(*leaves, *geometry)
         grad = torch.linspace(-1, 1, output.numel()).view_as(output)
         results.append([output, *torch.autograd.grad(output, leaves, grad)])
     for actual, expected in zip(*results):

@@ -91,11 +91,20 @@ def _modulated_geometry(
     return (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group
 
 
+def _convolve_modulated(features, offset, weight, mask, size: Pair, geometry: dict) -> Tensor:
+    """As kernels read offset and mask: where these are of another size (DyHead's), their memory as it lies."""
+    offset, mask = (
+        tensor.flatten(1)[:, : tensor.shape[1] * size[0] * size[1]].reshape(*tensor.shape[:2], *size)
+        for tensor in (offset, mask)
+    )
+    return _convolve(features, offset, weight, mask, *_modulated_geometry(**geometry))
+
+
 @without_autocast
 def modulated_deform_conv_forward(input, weight, bias, ones, offset, mask, output, columns, **geometry) -> None:
     """Writes output."""
     tensors = [wide(tensor) for tensor in (input, offset, weight, mask)]
-    result = _convolve(*tensors, *_modulated_geometry(**geometry))
+    result = _convolve_modulated(*tensors, output.shape[2:], geometry)
     output.copy_(result + wide(bias)[:, None, None] if geometry['with_bias'] else result)
 
 
@@ -105,9 +114,9 @@ def modulated_deform_conv_backward(
     grad_input, grad_weight, grad_bias, grad_offset, grad_mask, grad_output, **geometry,
 ) -> None:  # fmt: skip
     """Writes the five gradients."""
-    fixed = _modulated_geometry(**geometry)
+    fixed = grad_output.shape[2:], geometry
     inputs = [input, offset, weight, mask]
-    grads = gradients(lambda *tensors: _convolve(*tensors, *fixed), inputs, grad_output)
+    grads = gradients(lambda *tensors: _convolve_modulated(*tensors, *fixed), inputs, grad_output)
     for target, grad in zip((grad_input, grad_offset, grad_weight, grad_mask), grads):
         target.copy_(grad)
     if geometry['with_bias']:
