@@ -98,7 +98,7 @@ backbones() { train backbones --train-args amp --backbones vit-tiny efficientnet
 # In fp32, and fewer at a time: Mask2Former takes up to 10 GB.
 heads() {
     JOBS=8 train heads --backbones vit-tiny efficientnet-lite0 --seeds 0 1 \
-        --datasets nuclei-mask2former bccd-faster-rcnn camvid-segformer
+        --datasets nuclei-mask2former bccd-faster-rcnn camvid-segformer --methods frozen e3va full $wide
 }
 
 on_set() {  # name of the result, images, config, options

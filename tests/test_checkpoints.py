@@ -153,6 +153,25 @@ def test_publish_and_back(model, weights, tmp_path):
         assert loaded['meta']['dataset_meta']['classes'] == ['a', 'b']
 
 
+def test_publish_in_half(model, weights, tmp_path):
+    checkpoint, target = tmp_path / 'iter_1.pth', tmp_path / 'adapter.safetensors'
+    torch.save({'state_dict': model.state_dict()}, checkpoint)
+    publish(checkpoint, tmp_path / 'whole.safetensors')
+    publish(checkpoint, target, half=True)
+    state = read_checkpoint(target)['state_dict']
+    for key, value in model.state_dict().items():
+        expected = value.half() if value.dim() > 1 and value.dtype == torch.float32 else value
+        assert torch.equal(state[key], expected) and state[key].dtype == expected.dtype, key
+    fresh = build(**pretrained(weights))
+    load_checkpoint(fresh, str(target))
+    torch.testing.assert_close(fresh(IMAGES)[0], model(IMAGES)[0], rtol=0.01, atol=0.01)
+    assert all(parameter.dtype == torch.float32 for parameter in fresh.parameters())
+    large = {'base_fingerprint': torch.zeros(1), 'head.weight': torch.full((1, 1), 1e5)}
+    torch.save({'state_dict': large}, checkpoint)
+    with pytest.raises(ValueError, match='head.weight has values up to 100000, too large for fp16'):
+        publish(checkpoint, target, half=True)
+
+
 def test_publish_tied_weights(tmp_path):
     """As detection heads have them, where levels share their convolutions."""
     whole = torch.arange(6.0)

@@ -12,13 +12,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('source', help='a .pth checkpoint, or a .safetensors file to turn back')
     parser.add_argument('target', help='a .safetensors file, or a .pth checkpoint')
+    parser.add_argument('--half', action='store_true', help='half the size: matrices in fp16')
     args = parser.parse_args()
     suffixes = (Path(args.source).suffix, Path(args.target).suffix)
     directions = {('.pth', '.safetensors'): publish, ('.safetensors', '.pth'): unpublish}
     if suffixes not in directions:
         raise ValueError(f'{args.source} -> {args.target}: give .pth and .safetensors, or .safetensors and .pth')
     check_target('target', args.target, [args.source])
-    directions[suffixes](args.source, args.target)
+    options = {'half': True} if args.half and suffixes[0] == '.pth' else {}
+    directions[suffixes](args.source, args.target, **options)
     print(f'{args.target}: {Path(args.target).stat().st_size / 2**20:.2f} MiB')
 
 

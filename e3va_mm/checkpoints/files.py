@@ -115,11 +115,14 @@ def restore_history(message_hub: dict) -> None:
             scalars[name] = HistoryBuffer(log, counts, value['max_length'])
 
 
-def publish(checkpoint: str | Path, target: str | Path) -> None:
+def publish(checkpoint: str | Path, target: str | Path, half: bool = False) -> None:
     """Writes the trained weights of a checkpoint, its fingerprint and its config as one safetensors file.
 
+    Args:
+        half: matrices and kernels in fp16; biases, norms and running statistics stay as they are.
+
     Raises:
-        ValueError: the checkpoint holds no fingerprint, so it is no adapter checkpoint.
+        ValueError: the checkpoint holds no fingerprint, so it is no adapter checkpoint; a weight is too large for fp16.
     """
     content = read_checkpoint(checkpoint)
     state = content.get('state_dict', {})
@@ -132,7 +135,18 @@ def publish(checkpoint: str | Path, target: str | Path) -> None:
         'dataset_meta': json.dumps(to_plain(meta.get('dataset_meta')), default=list),
     }
     # Heads may have one tensor under several keys, which safetensors refuses: each key gets a copy.
-    save_file({key: value.contiguous().clone() for key, value in state.items()}, target, metadata)
+    copies = {key: _halved(key, value) if half else value.clone() for key, value in state.items()}
+    save_file({key: value.contiguous() for key, value in copies.items()}, target, metadata)
+
+
+def _halved(key: str, value: torch.Tensor) -> torch.Tensor:
+    """A copy, in fp16 where it is a matrix or more."""
+    if value.dim() < 2 or value.dtype != torch.float32:
+        return value.clone()
+    halved = value.half()
+    if halved.isinf().any() and not value.isinf().any():
+        raise ValueError(f'{key} has values up to {value.abs().max():g}, too large for fp16: publish without --half')
+    return halved
 
 
 def unpublish(published: str | Path, target: str | Path) -> None:
