@@ -43,7 +43,7 @@ class DeviceMasks(BitmapMasks):
     def crop_and_resize(
         self, bboxes, out_shape, inds, device='cpu', interpolation='bilinear', binarize=True
     ) -> BitmapMasks:
-        """Masks number ``inds`` (K) in the ``bboxes`` (K, 4) -> (K, *out_shape), bool if ``binarize``."""
+        """Masks ``inds`` (K) in the ``bboxes`` (K, 4) -> (K, H, W), bool if ``binarize``; ``out_shape`` is H, W."""
         if not len(self) or not len(bboxes):
             return super().crop_and_resize(bboxes, out_shape, inds, device, interpolation, binarize)
         moved = torch.from_numpy(self.masks) if self._moved is None else self._moved

@@ -49,17 +49,20 @@ def boxes(number, seed=0) -> np.ndarray:
 
 @pytest.mark.parametrize('dtype', [np.uint8, bool, np.int64])
 @pytest.mark.parametrize('binarize', [True, False])
-def test_crops_are_the_stock_ones(dtype, binarize):
+@pytest.mark.parametrize('device', ['cpu', *(['cuda'] if torch.cuda.is_available() else [])])
+def test_crops_are_the_stock_ones(dtype, binarize, device):
     """Twice, as a cascade crops; of more boxes than masks, of fewer, and of none."""
     given = bitmaps(dtype=dtype)
     stock, moved = BitmapMasks(given, *SIZE), DeviceMasks(given, *SIZE)
     for number in (40, 3, 1, 0):
         inds = np.random.default_rng(number).integers(0, len(given), number)
-        crops = [each.crop_and_resize(boxes(number), (7, 9), inds, binarize=binarize) for each in (stock, moved)]
+        crops = [
+            each.crop_and_resize(boxes(number), (7, 9), inds, device, binarize=binarize) for each in (stock, moved)
+        ]
         assert type(crops[1]) is BitmapMasks and len(crops[1]) == number and (crops[1].height, crops[1].width) == (7, 9)
         assert crops[0].masks.dtype == crops[1].masks.dtype
         np.testing.assert_array_equal(crops[0].masks, crops[1].masks)
-    assert number == 0 and moved.masks is given
+    assert moved.masks is given and moved._moved.device.type == device
 
 
 @pytest.mark.parametrize('kind', [torch.float32, torch.float64])
