@@ -15,6 +15,10 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
+if __name__ == '__main__':
+    # This folder, where libraries would find coverage.py under the name of the package.
+    del sys.path[0]
+
 from benchmarks.bench import Bench
 from e3va_mm.hooks.report import MIB, process_peak_bytes
 

@@ -143,7 +143,13 @@ steps() {
     in_turn --tasks retinanet --sizes l --batch-sizes 8 --steps 12 "${merged[@]}" --methods "${large[@]}"
 }
 
-parts='amp fits accuracy variants seeds guard backbones heads cost steps'
+# Ground-truth masks moved at each crop, as in stock, or once; of an image, they are new in each step.
+masks() {
+    measure masks --measure in-turn --tasks cascade-mask-rcnn --sizes b --precisions amp-fp16 --batch-sizes 8 \
+        --steps 20 --warmup 3 --repeats 3 --methods full{,+masks} frozen{,+masks} e3va+bf16{,+masks}
+}
+
+parts='amp fits accuracy variants seeds guard backbones heads cost steps masks'
 for part in ${*:-$parts}; do
     [[ " $parts " == *" $part "* ]] || { echo "unknown part $part; known are $parts" >&2; exit 2; }
     "$part"

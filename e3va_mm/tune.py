@@ -29,6 +29,7 @@ _TUNED_OPTIONS = ['frozen_dtype', 'init_cfg']
 _CONSTRUCTOR = 'MergedGroupsConstructor'
 _DEFAULT_CONSTRUCTORS = ('DefaultOptimWrapperConstructor', 'ForceDefaultOptimWrapperConstructor', _CONSTRUCTOR)
 _HOOKS = ('ParameterTableHook', 'ResourceReportHook')
+_MASKS_HOOK = 'DeviceMasksHook'
 _LAYER_DECAY = ('num_layers', 'decay_rate', 'decay_type', 'layer_decay_rate')
 
 
@@ -40,7 +41,7 @@ def tune(config: Config | str | Path, method: str = 'e3va', **options) -> Config
     - What is trained beside the backbone learns at the optimizer's own rate, see
       :class:`~e3va_mm.optim.MergedGroupsConstructor`; layer decay ends, since nothing is left to decay.
     - ``custom_imports`` name this package, so that any program can load the result, and hooks report what is trained,
-      at which rates, and what a step costs.
+      at which rates, and what a step costs. Where heads crop ground-truth masks, one moves these to the device once.
 
     Args:
         config: a config, its path, or its name in a toolbox or here, such as
@@ -201,8 +202,22 @@ def _add_package(config: Config) -> None:
         allowed = given.get('allow_failed_imports', False)
         config.custom_imports = ConfigDict(imports=[*imports, 'e3va_mm'], allow_failed_imports=allowed)
     hooks = list(config.get('custom_hooks') or [])
-    missing = [name for name in _HOOKS if name not in {_type_name(hook['type']) for hook in hooks}]
+    names = [*_HOOKS, _MASKS_HOOK] if _crops_masks(config.model) else _HOOKS
+    missing = [name for name in names if name not in {_type_name(hook['type']) for hook in hooks}]
+    if _MASKS_HOOK in missing:
+        _say(f'custom_hooks: by {_MASKS_HOOK} ground-truth masks go to the device once a step, not at each crop')
     config.custom_hooks = [*hooks, *(ConfigDict(type=name) for name in missing)]
+
+
+def _crops_masks(part, in_roi_head: bool = False) -> bool:
+    """Whether a RoI head, at any depth of a model's config, has a mask head: it crops the masks of the ground truth."""
+    if isinstance(part, (list, tuple)):
+        return any(_crops_masks(each, in_roi_head) for each in part)
+    if not isinstance(part, dict):
+        return False
+    if in_roi_head and part.get('mask_head'):
+        return True
+    return any(_crops_masks(value, key == 'roi_head') for key, value in part.items())
 
 
 def _say(change: str) -> None:

@@ -13,6 +13,7 @@ from benchmarks.methods import backbone_of
 from .conftest import script
 
 CONFIG = 'configs/shapes/swin-nano_upernet_1xb8-600_shapes-96x96.py'
+CASE = dict(config=CONFIG, precision='fp32', image_size=[96, 96], data='synthetic', cfg_options={})
 SMALL = ['--tasks', '--configs', CONFIG, '--image-sizes', '64x96', '--batch-sizes', '2', '--warmup', '1']
 
 
@@ -66,10 +67,9 @@ def test_peaks_are_extrapolated():
 
 def test_methods_share_heads_and_batches():
     """Nothing is learnt, so a head whose work depends on what it predicts has the same of it in every step."""
-    case = dict(config=CONFIG, precision='fp32', image_size=[96, 96], data='synthetic', cfg_options={})
     losses = []
     for method in ('frozen', 'e3va', 'e3va'):
-        bench = Bench(dict(case, backbone=backbone_of(method)))
+        bench = Bench(dict(CASE, backbone=backbone_of(method)))
         bench.to_device()
         bench.load_batch(2)
         if losses:
@@ -77,6 +77,22 @@ def test_methods_share_heads_and_batches():
         torch.manual_seed(0)  # for the head's dropout
         losses.append(bench.model.parse_losses(bench.model(**bench.batch, mode='loss'))[0].item())
     assert losses[0] > 0.1 and losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_masks_come_from_the_host_in_each_step():
+    """A byte a pixel, as a loader has them; moved at each crop, or once a step."""
+    case = dict(CASE, config='configs/nuclei/mask-rcnn_swin-nano_fpn_1xb8-300_nuclei.py', image_size=[64, 96])
+    kinds = []
+    for method in ('full', 'full+masks'):
+        bench = Bench(dict(case, method=method, backbone=backbone_of(method)))
+        bench.to_device()
+        bench.load_batch(2)
+        instances = bench.batch['data_samples'][0].gt_instances
+        seen = [bench.step() or instances.masks for _ in range(2)]
+        assert all(masks.masks.dtype == 'uint8' and 0 < masks.masks.mean() < 1 for masks in seen)
+        kinds.append([type(masks).__name__ for masks in seen])
+    assert kinds == [['BitmapMasks'] * 2, ['DeviceMasks'] * 2]
+    assert seen[0] is not seen[1] and all(masks._moved is not None for masks in seen)
 
 
 def test_every_task_and_size_has_its_config():

@@ -3,7 +3,7 @@ _base_ = [
     'mmdet::_base_/datasets/coco_instance.py',
     '../_base_/schedules/adamw_3x.py',
     'mmdet::_base_/default_runtime.py',
-    '../_base_/e3va_runtime.py',
+    '../_base_/e3va_masks_runtime.py',
 ]
 train_pipeline = [
     dict(type='LoadImageFromFile', backend_args={{_base_.backend_args}}),

@@ -4,7 +4,7 @@ _base_ = [
     '../datasets/nuclei.py',
     '../schedules/small_sets.py',
     'mmdet::_base_/default_runtime.py',
-    '../e3va_runtime.py',
+    '../e3va_masks_runtime.py',
 ]
 model = dict(
     roi_head=dict(bbox_head=dict(num_classes=1), mask_head=dict(num_classes=1)),
