@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     add('--batch-sizes', nargs='+', type=int, default=[2])
     add('--image-sizes', nargs='+', type=_image_size, help="HxW; default: the task's own")
     add('--data', choices=('synthetic', 'real'), default='synthetic', help="real: the config's own data")
-    add('--packages', nargs='+', type=_labelled, help='LABEL=FOLDER: checkouts whose e3va_mm to compare; default: ours')
+    add('--packages', nargs='+', type=_labelled, help='LABEL=FOLDER: e3va_mm, and what is beside it; default: ours')
     add('--steps', type=int, default=20, help='measured steps of a case')
     add('--warmup', type=int, default=5, help='steps before them')
     add('--repeats', type=int, default=1, help='times that each case is run')
@@ -138,13 +138,13 @@ def run_job(measure: str, cases: list[dict], lock: str) -> list[dict] | str:
         Config.fromfile(find_config(cases[0]['config'])).dump(config)
         job = {'measure': measure, 'cases': [{**case, 'config': str(config)} for case in cases], 'lock': lock}
         given.write_text(json.dumps(job))
-        # Our benchmarks with the case's package, whatever else the two checkouts hold.
-        for name, home in (('benchmarks', ROOT), ('e3va_mm', cases[0]['folder'] or ROOT)):
-            Path(folder, name).symlink_to(Path(home, name))
+        # Our benchmarks with the case's packages, also where that is a checkout with benchmarks of its own.
+        Path(folder, 'benchmarks').symlink_to(ROOT / 'benchmarks')
+        packages = cases[0]['folder'] or ROOT
         call = subprocess.run(
             [sys.executable, str(ROOT / 'benchmarks/measure.py'), str(given), str(target)],
             cwd=ROOT,
-            env={**os.environ, 'PYTHONPATH': python_path(folder)},
+            env={**os.environ, 'PYTHONPATH': os.pathsep.join([folder, python_path(packages)])},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -129,6 +129,17 @@ cost() {
     done
 }
 
+operators() {  # not in all: PURE_MMCV is a folder with an mmcv that has no compiled operators; the interpreter's own has
+    ln -sfn "$PWD/e3va_mm" "${PURE_MMCV:?}/e3va_mm"
+    local packages=(compiled="$PWD" ours="$PURE_MMCV") options=(--steps 20 --warmup 5 --tasks --methods e3va+bf16)
+    measure operators --packages "${packages[@]}" "${options[@]}" --precisions amp-fp16 --batch-sizes 8 --data real \
+        --configs $bccd $nuclei --repeats 3
+    measure operators --packages "${packages[@]}" "${options[@]}" --precisions amp-fp16 --batch-sizes 2 --repeats 3 \
+        --configs mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco --image-sizes 800x1344
+    measure operators --packages ours="$PURE_MMCV" "${options[@]}" --precisions amp-bf16 --batch-sizes 8 --data real \
+        --configs $bccd $nuclei
+}
+
 # The first method is the one that the others are compared with; what the bound is about, three times.
 steps() {
     local mixers=(e3va $wide{,+graph1}) large=(e3va+bf16 e3va+bf16+rank4+mixer96{,+graph1} mona frozen full)
@@ -151,7 +162,7 @@ masks() {
 
 parts='amp fits accuracy variants seeds guard backbones heads cost steps masks'
 for part in ${*:-$parts}; do
-    [[ " $parts " == *" $part "* ]] || { echo "unknown part $part; known are $parts" >&2; exit 2; }
+    [[ " $parts operators " == *" $part "* ]] || { echo "unknown part $part; known are $parts operators" >&2; exit 2; }
     "$part"
 done
 [ $missing = 0 ] && echo 'results are complete' || { echo 'results are not complete: run this again'; exit 1; }
