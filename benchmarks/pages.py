@@ -86,6 +86,17 @@ def format_demo(demo: Path) -> str:
     return f'{table(DEMO, map(demo_cells, content["rows"]))}\n\n{source}'
 
 
+def format_adapters(adapters: Path) -> str:
+    """The published files, and what they reach as they are."""
+    content = read(adapters)
+    lines = [
+        [f'[{row["adapter"]}]({row["adapter"]})', f'{row["bytes"] / 1e6:.1f} MB', f'mIoU {row["mIoU"]:.1f}']
+        for row in content['rows']
+    ]
+    source = f'Measured on {content["device"]}, {content["date"]}, by `{content["command"]}`.'
+    return f'{table(["file", "size", "on the validation images"], lines)}\n\n{source}'
+
+
 def runs_of(groups: Groups, dataset: str, method: str) -> list[dict]:
     """The runs of a method on a data set, at the rate that the kind of task takes; none if it was not trained there."""
     methods = groups.get(dataset, {})

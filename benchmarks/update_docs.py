@@ -62,6 +62,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'demo', pages.format_demo, ('demo',)),
     ('README.md', 'costs', pages.format_costs, ('amp',)),
     ('README.md', 'accuracy', pages.format_accuracy, ('small_sets',)),
+    ('adapters/README.md', 'adapters', pages.format_adapters, ('adapters',)),
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),
     ('docs/memory.md', 'fits', pages.format_fits, ('fits',)),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),

@@ -141,7 +141,8 @@ def test_read_checkpoint_names_what_is_wrong(tmp_path):
 
 def test_publish_and_back(model, weights, tmp_path):
     checkpoint = tmp_path / 'iter_1.pth'
-    meta = {'cfg': 'model = 1', 'dataset_meta': {'classes': ('a', 'b'), 'palette': [(1, 2, 3)]}}
+    cfg = "model = 1\nwork_dir = '/home/me/runs'\n"
+    meta = {'cfg': cfg, 'dataset_meta': {'classes': ('a', 'b'), 'palette': [(1, 2, 3)]}}
     torch.save({'state_dict': model.state_dict(), 'meta': meta, 'optimizer': {}}, checkpoint)
     publish(checkpoint, tmp_path / 'adapter.safetensors')
     unpublish(tmp_path / 'adapter.safetensors', tmp_path / 'back.pth')
@@ -149,7 +150,7 @@ def test_publish_and_back(model, weights, tmp_path):
         fresh = build(**pretrained(weights))
         loaded = load_checkpoint(fresh, str(tmp_path / name))
         assert torch.equal(fresh(IMAGES)[0], model(IMAGES)[0])
-        assert loaded['meta']['cfg'] == 'model = 1'
+        assert loaded['meta']['cfg'] == 'model = 1\n'
         assert loaded['meta']['dataset_meta']['classes'] == ['a', 'b']
 
 

@@ -24,6 +24,7 @@ from .fingerprint import FINGERPRINT
 UNREADABLE = (RuntimeError, EOFError, KeyError, OSError, ValueError, pickle.UnpicklingError)
 _FORCE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 _EMBEDDED = Path(__file__).parents[1] / 'weights'
+_WORK_DIR = re.compile(r'^work_dir = .*\n?', re.MULTILINE)
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -118,6 +119,8 @@ def restore_history(message_hub: dict) -> None:
 def publish(checkpoint: str | Path, target: str | Path, half: bool = False) -> None:
     """Writes the trained weights of a checkpoint, its fingerprint and its config as one safetensors file.
 
+    The config is without its ``work_dir``: a folder of this machine, in which others would write.
+
     Args:
         half: matrices and kernels in fp16; biases, norms and running statistics stay as they are.
 
@@ -131,7 +134,7 @@ def publish(checkpoint: str | Path, target: str | Path, half: bool = False) -> N
     meta = content.get('meta', {})
     metadata = {
         'format': 'pt',
-        'config': meta.get('cfg', ''),
+        'config': _WORK_DIR.sub('', meta.get('cfg', '')),
         'dataset_meta': json.dumps(to_plain(meta.get('dataset_meta')), default=list),
     }
     # Heads may have one tensor under several keys, which safetensors refuses: each key gets a copy.
