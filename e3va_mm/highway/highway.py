@@ -12,7 +12,8 @@ In the last stages the state may run through the backbone's blocks itself, an ex
 
     h <- mix_b(block_b(h)) for each block b
 
-The frozen pass tells what it comes by, in its order: a :class:`HighwayPass` hears it, and works at once.
+The frozen pass tells what it comes by, in its order: a :class:`HighwayPass` hears it, and works at once. Of several
+tasks beside one backbone each has its own, and one frozen pass tells all of them.
 """
 
 from __future__ import annotations
@@ -219,6 +220,33 @@ class HighwayPass:
         if output is not None:
             self.maps.append(output)
         return behind, sizes[0]
+
+
+class HighwayPasses:
+    """Several highways that hear the same frozen pass, each as far as it listens; results are by highway."""
+
+    def __init__(self, highways: list[Highway]) -> None:
+        self.passes = [HighwayPass(highway) for highway in highways]
+        self.num_heard = [highway.num_heard for highway in highways]
+
+    def tap(self, stage: int, tokens: Tensor, size: Size | None) -> None:
+        for each in self._hearing(stage):
+            each.tap(stage, tokens, size)
+
+    def level(self, stage: int, tokens: Tensor, size: Size) -> None:
+        for each in self._hearing(stage):
+            each.level(stage, tokens, size)
+
+    def start(self, stage: int, tokens: Tensor) -> None:
+        for each in self._hearing(stage):
+            each.start(stage, tokens)
+
+    def _hearing(self, stage: int) -> list[HighwayPass]:
+        return [each for each, num_heard in zip(self.passes, self.num_heard) if stage < num_heard]
+
+    def finish(self) -> list[tuple[Tensor, ...]]:
+        """See :meth:`HighwayPass.finish`."""
+        return [each.finish() for each in self.passes]
 
 
 def normed_map(norm: nn.Module, tokens: Tensor, size: Size) -> Tensor:
