@@ -1,6 +1,8 @@
 """Several models beside one frozen base: the results of each alone, by one pass, in the memory of one base."""
 
+import contextlib
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -271,6 +273,47 @@ def test_every_family_shares(backbone, other, options):
             found = [wrapper(images()) for wrapper in (two, one)][::-1]
     for maps, own in zip(found, expected):
         assert_close([*maps], [*own], rtol=1e-5, atol=1e-5)
+
+
+def test_one_product_reduces_a_tap_for_all(monkeypatch):
+    one, two = pair(swin(), adapter=dict(rank=4))
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, 'mm', lambda *args, **options: products.append(args[1].shape[1]) or mm(*args, **options))
+    with torch.no_grad():
+        one.forward_together([one, two], images())
+    assert products == [16 + 8] * 16  # two a block
+
+
+def test_training_by_one_pass_has_the_gradients_of_each_alone():
+    wrappers = pair(swin(), swin('mmdet', out_indices=(1, 2, 3)), mixer=dict(width=4), graph_stages=1)
+    shared = SharedPass('cpu')
+    for name, wrapper in zip('ab', wrappers):
+        shared.join(name, wrapper.train())
+    gradients = []
+    for together in (False, True):
+        with shared.one_image() if together else contextlib.nullcontext():
+            sum(output.square().mean() for wrapper in wrappers for output in wrapper(images())).backward()
+        named = [(name, value) for wrapper in wrappers for name, value in wrapper.named_parameters()]
+        gradients.append([value.grad for _, value in named if value.requires_grad])
+        assert all(value.grad is None for _, value in named if not value.requires_grad)
+        for wrapper in wrappers:
+            wrapper.zero_grad()
+    assert len(gradients[0]) > 50 and all(gradient is not None for gradient in gradients[0])
+    assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_page_runs(tasks, image, tmp_path, monkeypatch):
+    """Its blocks of Python, one behind the other, with files of the names that they have."""
+    for path in (path for task in tasks.values() for path in task):
+        shutil.copy(path, tmp_path)
+    publish(tasks['masks'][1], tmp_path / 'masks.safetensors')
+    shutil.copy(image, tmp_path / 'image.png')
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r'^```python\n(.*?)^```$', (ROOT / 'docs/shared.md').read_text(), re.MULTILINE | re.DOTALL)
+    namespace = {}
+    for block in code[:2]:
+        exec(block, namespace)
+    assert [*namespace['samples']] == ['parts', 'things'] and [*namespace['infer'].tasks] == ['parts', 'masks']
 
 
 def test_the_tool_takes_several_models(tasks, shapes, tmp_path):
