@@ -96,14 +96,15 @@ def shared_rows(path: Path) -> list[dict]:
 
     Memory is the peak where that was measured, else that of the weights.
     """
-    found: dict[tuple, dict] = {}
-    for row in read(path)['rows']:
+    content, found = read(path), {}
+    for row in content['rows']:
         key = (row['size'], *row['image_size'], row['method'], row['tasks'])
         found.setdefault(key, {})[row['part']] = row
     rows = []
     for (size, height, width, method, tasks), parts in found.items():
         one = found[size, height, width, method, 1]
-        values = {'size': f'Swin-{size.upper()}, {height} × {width}, {label(method)}', 'tasks': tasks}
+        name = f'Swin-{size.upper()}, {height} × {width}, {label(method)}'
+        values = {'size': name, 'tasks': tasks, 'device': content['device']}
         for part, row in parts.items():
             kind = 'peak_mib' if 'peak_mib' in row['shared'] else 'weights_mib'
             shared, separate = row['shared'][kind], row['separate'][kind]

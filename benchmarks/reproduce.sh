@@ -143,7 +143,11 @@ steps() {
     in_turn --tasks retinanet --sizes l --batch-sizes 8 --steps 12 "${merged[@]}" --methods "${large[@]}"
 }
 
-parts='amp fits accuracy variants seeds guard backbones heads cost steps'
+shared() {  # many tasks by one frozen pass
+    run benchmarks/shared_pass.py --out $results/shared_pass.json --sizes l --image-sizes 512x512 800x1344 --methods e3va+bf16
+}
+
+parts='amp fits accuracy variants seeds guard backbones heads cost steps shared'
 for part in ${*:-$parts}; do
     [[ " $parts " == *" $part "* ]] || { echo "unknown part $part; known are $parts" >&2; exit 2; }
     "$part"

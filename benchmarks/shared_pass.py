@@ -73,8 +73,12 @@ class Tasks:
         self.image = torch.randn(1, 3, *image_size, device=DEVICE)
         models = [_build(HEADS[index % len(HEADS)], size, method) for index in range(number)]
         self.wrappers = [model.backbone for model in models]
-        for wrapper in self.wrappers[1:]:
-            wrapper.backbone.load_state_dict(self.wrappers[0].backbone.state_dict(), strict=False)
+        weights = self.wrappers[0].backbone.state_dict()
+        fingerprint = self.wrappers[0].base_fingerprint()
+        for wrapper in self.wrappers:
+            wrapper.backbone.load_state_dict(weights, strict=False)
+            # It takes seconds, and would be taken anew for each.
+            wrapper._base_record['fingerprint'] = fingerprint
         self.modules = self.wrappers if part == 'backbones' else models
         self.pass_of_all = SharedPass(DEVICE)
 
@@ -192,7 +196,8 @@ def main() -> None:
         result = measure(part, number, args.rounds, args.warmup, size, method, image_size)
         gc.collect()  # Accelerated modules are cycles.
         source = provenance(args.commit)
-        rows.append(dict(zip(KEYS, (size, image_size, method, part, number)), **result, date=source['date']))
+        origin = {key: source[key] for key in ('date', 'device', 'commit')}
+        rows.append(dict(zip(KEYS, (size, image_size, method, part, number)), **result, **origin))
         print(rows[-1], flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({**source, 'rounds': args.rounds, 'rows': rows}, indent=1) + '\n')
