@@ -138,11 +138,20 @@ def _differing_settings(config: Config, other: Config) -> str:
     return f'Of their configs differ: {listed}' if listed else 'Their configs do not tell why'
 
 
+def _test_pipeline(config: Config) -> list[dict]:
+    """As the toolbox takes it."""
+    if config.default_scope == 'mmseg':
+        return config.test_pipeline
+    from mmdet.utils import get_test_pipeline_cfg
+
+    return get_test_pipeline_cfg(config)
+
+
 def _input_settings(config: Config) -> dict[str, object]:
     preprocessor, test_cfg = (config.model.get(key) or {} for key in ('data_preprocessor', 'test_cfg'))
     settings = {f'data_preprocessor.{key}': preprocessor.get(key) for key in _PREPROCESSING}
     settings['model.test_cfg.mode'] = test_cfg.get('mode', 'whole')
-    for step in config.get('test_pipeline', []):
+    for step in _test_pipeline(config):
         if not str(step['type']).rpartition('.')[2].startswith(('Load', 'Pack')):
             settings[f'test_pipeline {step["type"]}'] = {key: step[key] for key in sorted(step) if key != 'type'}
     # Lists and tuples mean the same.
