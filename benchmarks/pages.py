@@ -29,6 +29,18 @@ COSTS = ('full', 'lora', 'mona', 'frozen', 'e3va+bf16', 'e3va+bf16+taps-float8+s
 SETS = {'camvid': 'CamVid, mIoU', 'bccd': 'BCCD, mAP', 'nuclei': 'nuclei, mask AP'}
 ACCURACY = ('frozen', 'partial', 'lora', 'mona', 'e3va', LIGHT, PICKED, 'full')
 DEMO = ('method', 'nuclei found', 'wrong', 'mIoU', 'trained', 'peak memory', 'step', 'checkpoint')
+SHARED = (
+    'backbone, image',
+    'tasks',
+    'backbones: time',
+    'memory',
+    "time, of one task's",
+    "of separate models'",
+    "memory, of one task's",
+    "of separate models'",
+    "whole models: time, of separate ones'",
+    "memory, of separate ones'",
+)
 SEQUENTIAL = ('adapter', 'lora', 'mona')
 
 
@@ -77,6 +89,47 @@ def demo_cells(row: dict) -> list[str]:
         milliseconds(row['step_seconds']),
         f'{row["checkpoint_mib"]:.1f} MiB',
     ]
+
+
+def shared_rows(path: Path) -> list[dict]:
+    """What benchmarks/shared_pass.py has measured: a row a setting and number of tasks, with its backbones and models.
+
+    Memory is the peak where that was measured, else that of the weights.
+    """
+    content, found = read(path), {}
+    for row in content['rows']:
+        key = (row['size'], *row['image_size'], row['method'], row['tasks'])
+        found.setdefault(key, {})[row['part']] = row
+    rows = []
+    for (size, height, width, method, tasks), parts in found.items():
+        one = found[size, height, width, method, 1]
+        name = f'Swin-{size.upper()}, {height} × {width}, {label(method)}'
+        values = {'size': name, 'tasks': tasks, 'device': content['device']}
+        for part, row in parts.items():
+            kind = 'peak_mib' if 'peak_mib' in row['shared'] else 'weights_mib'
+            shared, separate = row['shared'][kind], row['separate'][kind]
+            memories = {'memory': shared, 'memory_of_one': shared / one[part]['separate'][kind]}
+            memories['memory_of_separate'] = shared / separate
+            times = {key: row[f'shared_{key}'] for key in ('seconds', 'of_one', 'of_separate')}
+            values[part] = {**memories, **times}
+        rows.append(values)
+    return rows
+
+
+def format_shared(*paths: Path) -> str:
+    """Time and memory of many tasks by one pass, of those of one task and of separate models; a table a device."""
+    parts = []
+    for path in filter(Path.is_file, paths):
+        content, lines = read(path), []
+        for row in shared_rows(path):
+            own, whole = row['backbones'], row['models']
+            cells = [f'{own[key]:.2f}' for key in ('of_one', 'of_separate', 'memory_of_one', 'memory_of_separate')]
+            cells += [f'{whole[key]:.2f}' for key in ('of_separate', 'memory_of_separate')]
+            lines.append([row['size'], row['tasks'], milliseconds(own['seconds']), memory(own['memory']), *cells])
+        kind = 'peak' if 'peak_mib' in content['rows'][0]['shared'] else 'the weights'
+        source = f'Measured on {content["device"]}, {content["date"]}; memory is {kind}.'
+        parts.append(f'{table(SHARED, lines)}\n\n{source}')
+    return '\n\n'.join(parts)
 
 
 def format_demo(demo: Path) -> str:

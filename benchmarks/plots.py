@@ -1,4 +1,4 @@
-"""The plot of what benchmarks/grid.py has trained."""
+"""The plots of what benchmarks/grid.py has trained, and benchmarks/shared_pass.py measured."""
 
 from __future__ import annotations
 
@@ -36,5 +36,34 @@ def draw_accuracy(groups: Groups, target: Path) -> None:
     entries = {name: entry for axis in axes[0] for entry, name in zip(*axis.get_legend_handles_labels())}
     # Below the panels, where it hides no point.
     figure.legend(entries.values(), entries, loc='outside lower center', ncols=2 * len(groups), fontsize=9)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def draw_shared(rows: list[dict], target: Path) -> None:
+    """Time (above) and memory (below) of the backbones of many tasks, in units of one task's; a column a setting.
+
+    Args:
+        rows: see :func:`benchmarks.pages.shared_rows`; those of several files have their ``device``.
+    """
+    settings = list(dict.fromkeys((row['size'], row['device']) for row in rows))
+    figure, axes = plt.subplots(
+        2, len(settings), figsize=(4 * len(settings), 6.5), layout='constrained', squeeze=False, sharex=True
+    )
+    for column, setting in zip(axes.T, settings):
+        own = [row for row in rows if (row['size'], row['device']) == setting]
+        tasks = [row['tasks'] for row in own]
+        for axis, name, prefix in zip(column, ('time', 'memory'), ('', 'memory_')):
+            shared = [row['backbones'][f'{prefix}of_one'] for row in own]
+            separate = [value / row['backbones'][f'{prefix}of_separate'] for value, row in zip(shared, own)]
+            axis.plot(tasks, separate, marker='s', color='0.6', label='a pass each')
+            axis.plot(tasks, shared, marker='o', color='black', label='one pass')
+            axis.set_ylabel(f"backbones' {name}, of one task's")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+        column[0].set_title('\n'.join(setting), fontsize=9)
+        column[1].set_xlabel('tasks')
+        column[1].set_xticks(tasks)
+    axes[0, 0].legend(fontsize=9)
     figure.savefig(target, dpi=110)
     plt.close(figure)

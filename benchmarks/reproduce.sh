@@ -160,7 +160,11 @@ masks() {
         --steps 20 --warmup 3 --repeats 3 --methods full{,+masks} frozen{,+masks} e3va+bf16{,+masks}
 }
 
-parts='amp fits accuracy variants seeds guard backbones heads cost steps masks'
+shared() {  # many tasks by one frozen pass
+    run benchmarks/shared_pass.py --out $results/shared_pass.json --sizes l --image-sizes 512x512 800x1344 --methods e3va+bf16
+}
+
+parts='amp fits accuracy variants seeds guard backbones heads cost steps masks shared'
 for part in ${*:-$parts}; do
     [[ " $parts operators " == *" $part "* ]] || { echo "unknown part $part; known are $parts operators" >&2; exit 2; }
     "$part"

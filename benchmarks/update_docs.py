@@ -16,13 +16,16 @@ from benchmarks import coverage_tables, pages
 from benchmarks.accuracy import format_runs, group_runs, with_more_seeds
 from benchmarks.cost_tables import load_rows, report
 from benchmarks.formats import table
-from benchmarks.plots import draw_accuracy
+from benchmarks.plots import draw_accuracy, draw_shared
 from benchmarks.training import ROOT
 from e3va_mm.families.registry import TABLE
 
 RESULTS, REPORT = ROOT / 'benchmarks/results', 'benchmarks/README.md'
 TRAININGS = ('small_sets', 'folds', 'guard', 'backbones', 'heads', 'rates', 'shapes_methods_cpu')
 COSTS = ('swin', 'dinov2', 'resnet', 'methods', 'small_sets', 'mixers', 'cpu', 'cpu_sizes', 'cpu_mixers')
+
+# Of a GPU and a CPU; what is missing is left out.
+SHARED = ('shared_pass', 'shared_pass_cpu')
 
 COVERAGE = {
     'toolboxes': coverage_tables.format_toolboxes,
@@ -65,6 +68,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('adapters/README.md', 'adapters', pages.format_adapters, ('adapters',)),
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),
     ('docs/memory.md', 'fits', pages.format_fits, ('fits',)),
+    ('docs/shared.md', 'shared', pages.format_shared, SHARED),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),
     ('docs/backbones.md', 'families', _families, ()),
     *(('docs/coverage.md', name, make, ('coverage',)) for name, make in COVERAGE.items()),
@@ -111,6 +115,8 @@ def main() -> None:
     for page, text in texts.items():
         (ROOT / page).write_text(text)
     draw_accuracy(pages.shown_in_plot(RESULTS / 'small_sets.json'), ROOT / 'benchmarks/images/small_sets.png')
+    measured = [RESULTS / f'{name}.json' for name in SHARED if (RESULTS / f'{name}.json').is_file()]
+    draw_shared([row for path in measured for row in pages.shared_rows(path)], ROOT / 'docs/images/shared_pass.png')
     if failed:
         sys.exit('not made:\n' + '\n'.join(failed))
 

@@ -14,6 +14,7 @@ leave_out_multimodal()
 stand_in()
 
 from . import backbones, checkpoints, hooks, necks, optim  # noqa: E402, F401
+from .shared import SharedInferencer  # noqa: E402, F401
 from .tune import tune  # noqa: E402, F401
 
 __version__ = '0.1.0'

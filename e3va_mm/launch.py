@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from mmengine.runner import Runner
 
 from .backbones.base import FrozenBackbone
 from .checkpoints.base_weights import names_weights
+from .checkpoints.comparison import check_fits
 from .checkpoints.files import read_checkpoint, read_weights_only
 from .checks import check_count
 from .compat import repair_text_detectors
@@ -45,9 +47,10 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         super().__init__(revert_sync_batchnorm(module), **kwargs)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
     """The config, and what changes it."""
-    parser.add_argument('config', help='config file, or the name of one: mmdet::…, mmseg::…, e3va_mm::…')
+    number = None if is_required else '?'
+    parser.add_argument('config', nargs=number, help='config file, or the name of one: mmdet::…, mmseg::…, e3va_mm::…')
     parser.add_argument('--tune', metavar='METHOD', help='e3va or another method: wraps the backbone of a stock config')
     parser.add_argument(
         '--cfg-options',
@@ -91,7 +94,13 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def read_config(name: str, options: dict | None, method: str | None = None) -> Config:
-    """A config with overrides and its toolbox; from here on, the process reads files of weights as weights only.
+    """:func:`open_config`; from here on, the process reads files of weights as weights only."""
+    read_weights_only()
+    return open_config(name, options, method)
+
+
+def open_config(name: str, options: dict | None = None, method: str | None = None) -> Config:
+    """A config with overrides and its toolbox.
 
     Args:
         name: path of a config, its name in a toolbox, or a checkpoint, which brings its config.
@@ -102,7 +111,6 @@ def read_config(name: str, options: dict | None, method: str | None = None) -> C
     Raises:
         FileNotFoundError, ValueError: the config or the toolbox it asks for is missing, or it can not be tuned so.
     """
-    read_weights_only()
     config, options = _load(name), dict(options or {})
     if method:
         named = {key: options.pop(key) for key in list(options) if _STOCK_WEIGHTS.match(key)}
@@ -113,6 +121,25 @@ def read_config(name: str, options: dict | None, method: str | None = None) -> C
     if 'language_model' in config.get('model', {}):
         repair_text_detectors()
     return config
+
+
+def load_model(config: Config, checkpoint: str, device: str) -> tuple[torch.nn.Module, Callable]:
+    """A trained model, and the function of its toolbox that applies it to an image; for the config's ``default_scope``.
+
+    Raises:
+        FileNotFoundError, DamagedCheckpointError, CheckpointMismatchError: the checkpoint can not be read, or not fit.
+    """
+    content = read_checkpoint(checkpoint)  # Says clearly what is wrong with it before anything is built.
+    if config.default_scope == 'mmseg':
+        from mmseg.apis import inference_model, init_model
+
+        model, infer = init_model(config, checkpoint, device), inference_model
+    else:
+        from mmdet.apis import inference_detector, init_detector
+
+        model, infer = init_detector(config, checkpoint, device=device), inference_detector
+    check_fits(model, content)
+    return model, infer
 
 
 def _load(name: str) -> Config:

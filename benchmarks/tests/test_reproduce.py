@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks import cost, grid
+from benchmarks import cost, grid, shared_pass
 from benchmarks.training import ROOT
 from e3va_mm.tune import find_config
 
@@ -24,11 +24,15 @@ def call_reproduce(tmp_path, *parts, **variables):
 def test_what_reproduce_runs_exists(tmp_path, monkeypatch):
     call, commands = call_reproduce(tmp_path)
     assert call.returncode == 0 and 'results are complete' in call.stdout and not call.stderr
-    assert {command[0] for command in commands} == {'benchmarks/grid.py', 'benchmarks/cost.py'}
+    scripts = {f'benchmarks/{name}.py' for name in ('grid', 'cost', 'shared_pass')}
+    assert {command[0] for command in commands} == scripts
     for command in commands:
         monkeypatch.setattr(sys, 'argv', command)
         if command[0] == 'benchmarks/cost.py':
             assert all(find_config(case['config']).is_file() for case in cost.plan(cost.parse_args()).values())
+            continue
+        if command[0] == 'benchmarks/shared_pass.py':
+            assert shared_pass.parse_args().sizes == ['l']
             continue
         args = grid.parse_args()
         assert args.commit == 'abc'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import check_options, check_positive, checks_options
 from ..families.base import listen
 from ..families.first_pass import FirstPass
-from ..highway.highway import Highway, HighwayPass, HighwayStage
+from ..highway.highway import Highway, HighwayPasses, HighwayStage
 from ..highway.tap_record import TapStorage
 from ..optim import check_at_first_step
 from .base import FrozenBackbone
@@ -128,18 +130,32 @@ class E3VABackbone(FrozenBackbone):
             no tuple where the backbone returns one map without.
             Gradient flows to highway, mixers and output norms alone, with ``graph_stages`` through the last blocks.
         """
-        (highway,) = self._highway
-        with self.frozen_forward(images):
-            along = HighwayPass(highway)
-            if self._is_checked:
-                self._run_frozen(images, along, highway.num_heard)
-            else:
-                self._run_checked(images, along, highway.num_heard)
-            maps = along.finish()
-        maps = [self.restore_dtype(output) for output in maps]
-        return self.family.show(maps, images, self.training)
+        (maps,) = self.forward_together([self], images)
+        return maps
 
-    def _run_frozen(self, images: Tensor, along: HighwayPass, num_heard: int) -> None:
+    def forward_together(self, wrappers: Sequence[E3VABackbone], images: Tensor) -> list[tuple[Tensor, ...]]:
+        """What each of several wrappers puts out, by one frozen pass through the base of this one.
+
+        Args:
+            wrappers: of equal bases, see :class:`~.shared_pass.SharedPass`; none has more stages than this one.
+            images: see :meth:`forward`.
+        """
+        with self.frozen_forward(images):
+            along = HighwayPasses([highway for wrapper in wrappers for highway in wrapper._highway])
+            if all(wrapper._is_checked for wrapper in wrappers):
+                self._run_frozen(images, along)
+            else:
+                self._run_checked(images, along)
+            outputs = along.finish()
+        for wrapper in wrappers:
+            wrapper._is_checked = True
+        return [wrapper._show(maps, images) for wrapper, maps in zip(wrappers, outputs)]
+
+    def _show(self, maps: Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
+        return self.family.show([self.restore_dtype(output) for output in maps], images, self.training)
+
+    def _run_frozen(self, images: Tensor, along: HighwayPasses) -> None:
+        num_heard = max(along.num_heard)
         ends_early = self.family.has_more or num_heard < len(self.family.stages)
         # It ends by an exception, from which the scopes of a trace do not recover.
         ends_early = ends_early and not torch.jit.is_tracing()
@@ -147,12 +163,11 @@ class E3VABackbone(FrozenBackbone):
             returned = self.family.run(images)
             listener.hear_returned(self.family.returned_maps(returned, images))
 
-    def _run_checked(self, images: Tensor, along: HighwayPass, num_heard: int) -> None:
+    def _run_checked(self, images: Tensor, along: HighwayPasses) -> None:
         """The first pass, which runs to its end and compares the levels with the maps that the backbone returns."""
-        check = FirstPass(self.family, along, num_heard)
+        check = FirstPass(self.family, along)
         with torch.no_grad(), listen(self.family, check, len(self.family.stages)) as listener:
             maps = self.family.returned_maps(self.family.run(images), images)
             if len(maps) == sum(stage.norm is not None for stage in self.family.stages):
                 listener.hear_returned(maps)
         check.compare(maps)
-        self._is_checked = True

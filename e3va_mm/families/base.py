@@ -98,6 +98,9 @@ class Family:
     def accelerate(self) -> None:
         """Replaces the calls of stock modules by faster equivalents that use their weights, for eval mode."""
 
+    def forget_prepared(self) -> None:
+        """Frees what those calls have prepared; the next ones do so again."""
+
     def enters_graph(self) -> bool:
         """Whether :meth:`run_block` can run on the highway's state."""
         return not self.num_prefix and not self.pools

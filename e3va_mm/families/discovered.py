@@ -72,9 +72,8 @@ class DiscoveredFamily(CustomFamily):
 
 def _probe(backbone: nn.Module) -> tuple[Tensor, tuple[list[Tensor], dict[str, list[Call]]]]:
     """Noise that the backbone can take, and what :func:`_run` says of it."""
-    stem = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = dict.fromkeys([3, getattr(stem, 'in_channels', 3)])
-    sizes, error = _probe_sizes(backbone), None
+    channels = dict.fromkeys([3, input_channels(backbone)])
+    sizes, error = probe_sizes(backbone), None
     for number in channels:
         for size in sizes:
             images = torch.randn(2, number, *size, generator=torch.Generator().manual_seed(0))
@@ -89,8 +88,14 @@ def _probe(backbone: nn.Module) -> tuple[Tensor, tuple[list[Tensor], dict[str, l
     ) from error
 
 
-def _probe_sizes(backbone: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Its own size comes last, for those whose positions have learned one size alone (BEiT's)."""
+def input_channels(backbone: nn.Module) -> int:
+    """Channels of the images that it reads, which its first convolution has."""
+    stem = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
+    return getattr(stem, 'in_channels', 3)
+
+
+def probe_sizes(backbone: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Of images to try a backbone out with; its own comes last, for those whose positions know one alone (BEiT's)."""
     own = getattr(backbone, 'img_size', None)
     own = (own, own) if isinstance(own, int) else own
     return (*_PROBES, tuple(own)) if own else _PROBES

@@ -6,28 +6,26 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..highway.highway import HighwayPass, normed_map
+from ..highway.highway import HighwayPasses, normed_map
 from .base import Family, Size
 
 
 class FirstPass:
-    """An ear that lets the highway hear a frozen pass, and compares the ends of the stages with what comes out.
+    """An ear that lets highways hear a frozen pass, and compares the ends of the stages with what comes out.
 
     Args:
         family: of the backbone.
-        along: hears the first ``num_heard`` stages.
-        num_heard: the stages behind these are in the graph.
+        along: the highways; stages that one of them does not hear are in its graph.
     """
 
-    def __init__(self, family: Family, along: HighwayPass, num_heard: int) -> None:
-        self.family, self.along, self.num_heard = family, along, num_heard
+    def __init__(self, family: Family, along: HighwayPasses) -> None:
+        self.family, self.along, self.num_heard = family, along, min(along.num_heard)
         self.maps: dict[int, Tensor] = {}
         self.before: tuple[Tensor, Size] | None = None
         self.heard: set[int] = set()
 
     def tap(self, stage: int, tokens: Tensor, size: Size | None) -> None:
-        if stage < self.num_heard:
-            self.along.tap(stage, tokens, size)
+        self.along.tap(stage, tokens, size)
 
     def level(self, stage: int, tokens: Tensor, size: Size) -> None:
         declared = self.family.stages[stage]
@@ -37,8 +35,7 @@ class FirstPass:
             self._compare(stage, self._through_blocks(stage), tokens, 'behind its blocks, called one by one,')
         self.before = tokens, size
         self.heard.add(stage)
-        if stage < self.num_heard:
-            self.along.level(stage, tokens, size)
+        self.along.level(stage, tokens, size)
 
     def start(self, stage: int, tokens: Tensor) -> None:
         carried, _ = self.family.carry(stage, *self.before)

@@ -45,6 +45,11 @@ class SwinFamily(Family):
             elif _is_stock(module, 'PatchMerging') and _merges_2x2(module):
                 module.forward = FusedPatchMerging(module)
 
+    def forget_prepared(self) -> None:
+        for module in self.backbone.modules():
+            if isinstance(vars(module).get('forward'), FusedWindowAttention):
+                module.forward.forget()
+
 
 def _block(name: str, block: nn.Module) -> Block:
     if not hasattr(block, 'attn') or not hasattr(getattr(block, 'ffn', None), 'layers'):

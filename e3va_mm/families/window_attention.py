@@ -111,6 +111,10 @@ class FusedWindowAttention:
             layout, bias = self._layout(query, tuple(hw_shape)), self._bias(query)
         return self._attend(query, layout, bias)
 
+    def forget(self) -> None:
+        """Frees the bias until the next call."""
+        self._prepared = None
+
     def _layout(self, query: Tensor, size: Size) -> WindowLayout:
         attention = self.attention
         return window_layout(len(query), size, attention.window_size, attention.shift_size, query.device)

@@ -12,7 +12,8 @@ In the last stages the state may run through the backbone's blocks itself, an ex
 
     h <- mix_b(block_b(h)) for each block b
 
-The frozen pass tells what it comes by, in its order: a :class:`HighwayPass` hears it, and works at once.
+The frozen pass tells what it comes by, in its order: a :class:`HighwayPass` hears it, and works at once. Of several
+tasks beside one backbone each has its own, and one frozen pass tells all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from .mixer import MixerWeights, StateMixer, mix, mixer_weights
 from .recomputed import recomputed
 from .stage_adapters import StageAdapters
-from .tap_record import TapRecord
+from .tap_record import JointRecord, TapRecord
 
 Size = tuple[int, int]
 
@@ -119,10 +120,15 @@ class HighwayPass:
     def tap(self, stage: int, tokens: Tensor, size: Size | None) -> None:
         """Hears the next tap of a stage, (B, L, C) of ``size``, where the family can tell that."""
         if stage not in self.records:
-            with torch.set_grad_enabled(self.with_grad):
-                self._pool(size)
-                self.records[stage] = self.highway.stages[stage].adapters.record()
+            self.open_record(stage, size)
         self.records[stage].add(tokens)
+
+    def open_record(self, stage: int, size: Size | None) -> TapRecord:
+        """An empty record for the taps of a stage, the first of which comes next and is of ``size``."""
+        with torch.set_grad_enabled(self.with_grad):
+            self._pool(size)
+            self.records[stage] = self.highway.stages[stage].adapters.record()
+        return self.records[stage]
 
     def level(self, stage: int, tokens: Tensor, size: Size) -> None:
         """Hears the tokens (B, H * W, C) at the end of a stage, with their height and width."""
@@ -219,6 +225,44 @@ class HighwayPass:
         if output is not None:
             self.maps.append(output)
         return behind, sizes[0]
+
+
+class HighwayPasses:
+    """Several highways that hear the same frozen pass, each as far as it listens; results are by highway."""
+
+    def __init__(self, highways: list[Highway]) -> None:
+        self.passes = [HighwayPass(highway) for highway in highways]
+        self.num_heard = [highway.num_heard for highway in highways]
+        # Taps that are kept for gradients are each highway's own: of another share, or dtype.
+        self.is_joint = len(highways) > 1 and not self.passes[0].with_grad
+        self.records: dict[int, JointRecord] = {}
+
+    def tap(self, stage: int, tokens: Tensor, size: Size | None) -> None:
+        hearing = self._hearing(stage)
+        if not self.is_joint:
+            for each in hearing:
+                each.tap(stage, tokens, size)
+            return
+        if stage not in self.records:
+            self.records[stage] = JointRecord([each.open_record(stage, size) for each in hearing])
+        self.records[stage].add(tokens)
+
+    def level(self, stage: int, tokens: Tensor, size: Size) -> None:
+        if stage in self.records:
+            self.records.pop(stage).hand_out()
+        for each in self._hearing(stage):
+            each.level(stage, tokens, size)
+
+    def start(self, stage: int, tokens: Tensor) -> None:
+        for each in self._hearing(stage):
+            each.start(stage, tokens)
+
+    def _hearing(self, stage: int) -> list[HighwayPass]:
+        return [each for each, num_heard in zip(self.passes, self.num_heard) if stage < num_heard]
+
+    def finish(self) -> list[tuple[Tensor, ...]]:
+        """See :meth:`HighwayPass.finish`."""
+        return [each.finish() for each in self.passes]
 
 
 def normed_map(norm: nn.Module, tokens: Tensor, size: Size) -> Tensor:

@@ -7,6 +7,7 @@ compressed and dropped before the next one exists.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ class TapRecord:
     def __init__(self, down_in: Tensor, storage: TapStorage = EXACT) -> None:
         self.num_taps, self.shape = 0, None
         self.reduced = self.kept = self.scales = self.sample = None
-        self._down_in, self._storage = down_in, storage
+        self.down_in, self._storage = down_in, storage
         # Decided here, since taps arrive from a frozen forward without gradient.
         self._keeps_taps = records_gradient() and down_in.requires_grad
 
@@ -62,9 +63,9 @@ class TapRecord:
         """
         if self.shape is None:
             self._allocate(tap)
-        if self.num_taps == len(self._down_in) or tap.shape != self.shape:
+        if self.num_taps == len(self.down_in) or tap.shape != self.shape:
             raise ValueError(
-                f'{len(self._down_in)} taps of shape {tuple(self.shape)} fit, got number {self.num_taps + 1} of shape '
+                f'{len(self.down_in)} taps of shape {tuple(self.shape)} fit, got number {self.num_taps + 1} of shape '
                 f'{tuple(tap.shape)}'
             )
         tokens = tap.reshape(-1, tap.shape[-1])
@@ -80,10 +81,10 @@ class TapRecord:
         self.num_taps += 1
 
     def _allocate(self, tap: Tensor) -> None:
-        num_adapters, dims, width = self._down_in.shape
+        num_adapters, dims, width = self.down_in.shape
         num_tokens = tap.shape[:-1].numel()
         self.shape = tap.shape
-        self._basis = self._down_in.detach().to(tap.dtype)
+        self._basis = self.down_in.detach().to(tap.dtype)
         self.reduced = tap.new_empty(num_adapters, num_tokens, width)
         if not self._keeps_taps:
             return
@@ -104,6 +105,28 @@ class TapRecord:
             return
         scale = self.scales[self.num_taps].copy_(float8_scale(tokens, kept.dtype))
         torch.div(tokens, scale, out=kept)
+
+
+class JointRecord:
+    """The same taps for several highways, none of which asks for a gradient: one product a tap serves all.
+
+    Args:
+        records: of the highways, empty; they are filled by :meth:`hand_out`.
+    """
+
+    def __init__(self, records: Sequence[TapRecord]) -> None:
+        self._records = records
+        self._joint = TapRecord(torch.cat([record.down_in.detach() for record in records], 2))
+
+    def add(self, tap: Tensor) -> None:
+        """See :meth:`TapRecord.add`."""
+        self._joint.add(tap)
+
+    def hand_out(self) -> None:
+        """Gives each record its part, once all taps are there."""
+        joint, widths = self._joint, [record.down_in.shape[2] for record in self._records]
+        for record, reduced in zip(self._records, joint.reduced.split(widths, 2)):
+            record.num_taps, record.shape, record.reduced = joint.num_taps, joint.shape, reduced
 
 
 def records_gradient() -> bool:
