@@ -122,9 +122,9 @@ def format_shared(*paths: Path) -> str:
     for path in filter(Path.is_file, paths):
         content, lines = read(path), []
         for row in shared_rows(path):
-            own, whole = row['backbones'], row['models']
+            own, whole = row['backbones'], row.get('models', {})
             cells = [f'{own[key]:.2f}' for key in ('of_one', 'of_separate', 'memory_of_one', 'memory_of_separate')]
-            cells += [f'{whole[key]:.2f}' for key in ('of_separate', 'memory_of_separate')]
+            cells += [f'{whole[key]:.2f}' if whole else '' for key in ('of_separate', 'memory_of_separate')]
             lines.append([row['size'], row['tasks'], milliseconds(own['seconds']), memory(own['memory']), *cells])
         kind = 'peak' if 'peak_mib' in content['rows'][0]['shared'] else 'the weights'
         source = f'Measured on {content["device"]}, {content["date"]}; memory is {kind}.'

@@ -74,6 +74,8 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     *(('docs/coverage.md', name, make, ('coverage',)) for name, make in COVERAGE.items()),
     (REPORT, 'before_after_cost', _costs, ('before_after_cost',)),
     (REPORT, 'before_after_accuracy', pages.format_packages, ('before_after_accuracy',)),
+    (REPORT, 'masks', _costs, ('masks',)),
+    (REPORT, 'operators', _costs, ('operators',)),
     (REPORT, 'soak', _soak, ('soak',)),
     (REPORT, 'target', pages.format_target, ('small_sets', 'more_seeds', 'steps')),
     (REPORT, 'more_seeds', _more_seeds, ('small_sets', 'more_seeds')),
