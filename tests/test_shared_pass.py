@@ -108,7 +108,7 @@ def test_one_product_reduces_a_tap_for_all(monkeypatch):
     products, mm = [], torch.mm
     monkeypatch.setattr(torch, 'mm', lambda *args, **options: products.append(args[1].shape[1]) or mm(*args, **options))
     with torch.no_grad():
-        one.forward_together([one, two], images())
+        one.hear_together([one, two], images())
     assert products == [16 + 8] * 16  # two a block
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import check_options, check_positive, checks_options
 from ..families.base import listen
 from ..families.first_pass import FirstPass
-from ..highway.highway import Highway, HighwayPasses, HighwayStage
+from ..highway.highway import DeferredPasses, Highway, HighwayPasses, HighwayStage
 from ..highway.tap_record import TapStorage
 from ..optim import check_at_first_step
 from .base import FrozenBackbone
@@ -130,31 +130,42 @@ class E3VABackbone(FrozenBackbone):
             no tuple where the backbone returns one map without.
             Gradient flows to highway, mixers and output norms alone, with ``graph_stages`` through the last blocks.
         """
-        (maps,) = self.forward_together([self], images)
-        return maps
+        with self.frozen_forward(images):
+            maps = self._hear([self], images).finish(0)
+        return self._show(maps, images)
 
-    def forward_together(self, wrappers: Sequence[E3VABackbone], images: Tensor) -> list[tuple[Tensor, ...]]:
-        """What each of several wrappers puts out, by one frozen pass through the base of this one.
+    def hear_together(self, wrappers: Sequence[E3VABackbone], images: Tensor) -> HighwayPasses | DeferredPasses:
+        """One frozen pass through the base of this one, heard by several wrappers, for :meth:`maps_of` of each.
 
         Args:
             wrappers: of equal bases, see :class:`~.shared_pass.SharedPass`; none has more stages than this one.
             images: see :meth:`forward`.
         """
         with self.frozen_forward(images):
-            along = HighwayPasses([highway for wrapper in wrappers for highway in wrapper._highway])
-            if all(wrapper._is_checked for wrapper in wrappers):
-                self._run_frozen(images, along)
-            else:
-                self._run_checked(images, along)
-            outputs = along.finish()
+            return self._hear(wrappers, images)
+
+    def maps_of(self, heard: HighwayPasses | DeferredPasses, place: int, images: Tensor) -> tuple[Tensor, ...]:
+        """What this wrapper, which was in that place, puts out by a pass of :meth:`hear_together`; asked for once."""
+        with self.frozen_forward(images):
+            maps = heard.finish(place)
+        return self._show(maps, images)
+
+    def _hear(self, wrappers: Sequence[E3VABackbone], images: Tensor) -> HighwayPasses | DeferredPasses:
+        highways = [highway for wrapper in wrappers for highway in wrapper._highway]
+        defers = len(highways) > 1 and not torch.is_grad_enabled()
+        along = DeferredPasses(highways) if defers else HighwayPasses(highways)
+        if all(wrapper._is_checked for wrapper in wrappers):
+            self._run_frozen(images, along)
+        else:
+            self._run_checked(images, along)
         for wrapper in wrappers:
             wrapper._is_checked = True
-        return [wrapper._show(maps, images) for wrapper, maps in zip(wrappers, outputs)]
+        return along
 
     def _show(self, maps: Sequence[Tensor], images: Tensor) -> tuple[Tensor, ...]:
         return self.family.show([self.restore_dtype(output) for output in maps], images, self.training)
 
-    def _run_frozen(self, images: Tensor, along: HighwayPasses) -> None:
+    def _run_frozen(self, images: Tensor, along: HighwayPasses | DeferredPasses) -> None:
         num_heard = max(along.num_heard)
         ends_early = self.family.has_more or num_heard < len(self.family.stages)
         # It ends by an exception, from which the scopes of a trace do not recover.
@@ -163,7 +174,7 @@ class E3VABackbone(FrozenBackbone):
             returned = self.family.run(images)
             listener.hear_returned(self.family.returned_maps(returned, images))
 
-    def _run_checked(self, images: Tensor, along: HighwayPasses) -> None:
+    def _run_checked(self, images: Tensor, along: HighwayPasses | DeferredPasses) -> None:
         """The first pass, which runs to its end and compares the levels with the maps that the backbone returns."""
         check = FirstPass(self.family, along)
         with torch.no_grad(), listen(self.family, check, len(self.family.stages)) as listener:

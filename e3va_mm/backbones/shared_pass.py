@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checkpoints.fingerprint import fingerprint, named_tensors
 from ..families.base import Stage
 from ..families.discovered import input_channels, probe_sizes
+from ..highway.highway import DeferredPasses, HighwayPasses
 from .base import FrozenBackbone
 from .e3va import E3VABackbone
 from .tuned import TunedBackbone
@@ -27,11 +28,12 @@ class InputMismatchError(ValueError):
 
 
 class _Pass(NamedTuple):
-    """A frozen pass: who has asked for it, the images (B, C, H, W), and the maps that nobody has fetched yet."""
+    """A frozen pass."""
 
-    name: str
-    images: Tensor
-    maps: dict[str, tuple[Tensor, ...]]
+    name: str  # who has asked for it
+    images: Tensor  # (B, C, H, W)
+    heard: HighwayPasses | DeferredPasses
+    waiting: dict[str, int]  # who has not yet fetched its maps, and its place among those who have heard
 
 
 class SharedPass:
@@ -90,11 +92,15 @@ class SharedPass:
         self._calls[name] += 1
         if number == len(self._passes):
             leader = max(self.members.values(), key=_num_stages)
-            outputs = leader.forward_together(list(self.members.values()), images)
-            self._passes.append(_Pass(name, images, dict(zip(self.members, outputs))))
-        heard = self._passes[number]
-        _check_same_images(heard, name, images)
-        return heard.maps.pop(name)
+            heard = leader.hear_together(list(self.members.values()), images)
+            waiting = {member: place for place, member in enumerate(self.members)}
+            self._passes.append(_Pass(name, images, heard, waiting))
+        shared = self._passes[number]
+        _check_same_images(shared, name, images)
+        if len(shared.waiting) == 1:
+            # The last one leaves nothing behind.
+            self._passes[number] = shared._replace(heard=None)
+        return self.members[name].maps_of(shared.heard, shared.waiting.pop(name), images)
 
 
 def _highway_of(name: str, model: nn.Module) -> E3VABackbone:
@@ -119,13 +125,13 @@ def _num_stages(wrapper: E3VABackbone) -> int:
     return len(wrapper.family.stages)
 
 
-def _check_same_images(heard: _Pass, name: str, images: Tensor) -> None:
-    if images is heard.images or torch.equal(images, heard.images):
+def _check_same_images(shared: _Pass, name: str, images: Tensor) -> None:
+    if images is shared.images or torch.equal(images, shared.images):
         return
-    shapes = f'{tuple(images.shape)}, not {tuple(heard.images.shape)}'
-    what = shapes if images.shape != heard.images.shape else 'other values'
-    message = f'{name!r} and {heard.name!r} make other inputs of an image, so one pass can not serve both: {what}'
-    raise InputMismatchError(message, heard.name)
+    shapes = f'{tuple(images.shape)}, not {tuple(shared.images.shape)}'
+    what = shapes if images.shape != shared.images.shape else 'other values'
+    message = f'{name!r} and {shared.name!r} make other inputs of an image, so one pass can not serve both: {what}'
+    raise InputMismatchError(message, shared.name)
 
 
 def base_difference(one: E3VABackbone, other: E3VABackbone) -> str:
@@ -184,7 +190,7 @@ def _other_maps(leader: E3VABackbone, wrapper: E3VABackbone) -> str:
     size, generator = probe_sizes(wrapper.backbone)[-1], torch.Generator().manual_seed(0)
     images = torch.randn(1, input_channels(wrapper.backbone), *size, generator=generator)
     images = images.to(next(wrapper.parameters()).device)
-    own, (shared,) = _by_itself(wrapper, images), leader.forward_together([wrapper], images)
+    own, shared = _by_itself(wrapper, images), wrapper.maps_of(leader.hear_together([wrapper], images), 0, images)
     # Where the pass is the leader's, these would be in memory for nothing.
     wrapper.family.forget_prepared()
     own, shared = ([maps] if isinstance(maps, Tensor) else maps for maps in (own, shared))

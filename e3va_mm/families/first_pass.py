@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..highway.highway import HighwayPasses, normed_map
+from ..highway.highway import DeferredPasses, HighwayPasses, normed_map
 from .base import Family, Size
 
 
@@ -18,7 +18,7 @@ class FirstPass:
         along: the highways; stages that one of them does not hear are in its graph.
     """
 
-    def __init__(self, family: Family, along: HighwayPasses) -> None:
+    def __init__(self, family: Family, along: HighwayPasses | DeferredPasses) -> None:
         self.family, self.along, self.num_heard = family, along, min(along.num_heard)
         self.maps: dict[int, Tensor] = {}
         self.before: tuple[Tensor, Size] | None = None

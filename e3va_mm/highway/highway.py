@@ -120,15 +120,18 @@ class HighwayPass:
     def tap(self, stage: int, tokens: Tensor, size: Size | None) -> None:
         """Hears the next tap of a stage, (B, L, C) of ``size``, where the family can tell that."""
         if stage not in self.records:
-            self.open_record(stage, size)
+            self._open_record(stage, size)
         self.records[stage].add(tokens)
 
-    def open_record(self, stage: int, size: Size | None) -> TapRecord:
-        """An empty record for the taps of a stage, the first of which comes next and is of ``size``."""
+    def take_record(self, stage: int, joint: JointRecord, size: Size | None) -> None:
+        """In place of all taps of a stage: a record of them."""
+        self._open_record(stage, size)
+        joint.fill(self.records[stage])
+
+    def _open_record(self, stage: int, size: Size | None) -> None:
         with torch.set_grad_enabled(self.with_grad):
             self._pool(size)
             self.records[stage] = self.highway.stages[stage].adapters.record()
-        return self.records[stage]
 
     def level(self, stage: int, tokens: Tensor, size: Size) -> None:
         """Hears the tokens (B, H * W, C) at the end of a stage, with their height and width."""
@@ -228,28 +231,17 @@ class HighwayPass:
 
 
 class HighwayPasses:
-    """Several highways that hear the same frozen pass, each as far as it listens; results are by highway."""
+    """Several highways that go along the same frozen pass, each as far as it listens."""
 
     def __init__(self, highways: list[Highway]) -> None:
         self.passes = [HighwayPass(highway) for highway in highways]
         self.num_heard = [highway.num_heard for highway in highways]
-        # Taps that are kept for gradients are each highway's own: of another share, or dtype.
-        self.is_joint = len(highways) > 1 and not self.passes[0].with_grad
-        self.records: dict[int, JointRecord] = {}
 
     def tap(self, stage: int, tokens: Tensor, size: Size | None) -> None:
-        hearing = self._hearing(stage)
-        if not self.is_joint:
-            for each in hearing:
-                each.tap(stage, tokens, size)
-            return
-        if stage not in self.records:
-            self.records[stage] = JointRecord([each.open_record(stage, size) for each in hearing])
-        self.records[stage].add(tokens)
+        for each in self._hearing(stage):
+            each.tap(stage, tokens, size)
 
     def level(self, stage: int, tokens: Tensor, size: Size) -> None:
-        if stage in self.records:
-            self.records.pop(stage).hand_out()
         for each in self._hearing(stage):
             each.level(stage, tokens, size)
 
@@ -260,9 +252,49 @@ class HighwayPasses:
     def _hearing(self, stage: int) -> list[HighwayPass]:
         return [each for each, num_heard in zip(self.passes, self.num_heard) if stage < num_heard]
 
-    def finish(self) -> list[tuple[Tensor, ...]]:
-        """See :meth:`HighwayPass.finish`."""
-        return [each.finish() for each in self.passes]
+    def finish(self, place: int) -> tuple[Tensor, ...]:
+        """What :meth:`HighwayPass.finish` returns for one of the highways."""
+        return self.passes[place].finish()
+
+
+class DeferredPasses:
+    """The same where no gradient is asked for: what is heard is kept, and each highway goes along at its finish.
+
+    So the maps of one highway at a time are in memory. What is kept are the ends and starts of stages, which are the
+    same for all, and the taps in rank space, to which one product a tap reduces them for all.
+    """
+
+    def __init__(self, highways: list[Highway]) -> None:
+        self.highways = highways
+        self.num_heard = [highway.num_heard for highway in highways]
+        self.records: dict[int, JointRecord] = {}
+        # Calls of a HighwayPass, in their order: its method, the stage, and further arguments.
+        self.heard: list[tuple] = []
+
+    def tap(self, stage: int, tokens: Tensor, size: Size | None) -> None:
+        if stage not in self.records:
+            stages = [each.stages[stage] for each in self.highways if stage < each.num_heard]
+            self.records[stage] = JointRecord([each.adapters.down_in for each in stages])
+            self.heard.append((HighwayPass.take_record, stage, self.records[stage], size))
+        self.records[stage].add(tokens)
+
+    def level(self, stage: int, tokens: Tensor, size: Size) -> None:
+        if stage in self.records:
+            self.records[stage].close()
+        # Copied, because in-place activations come next in many networks.
+        self.heard.append((HighwayPass.level, stage, tokens.clone(), size))
+
+    def start(self, stage: int, tokens: Tensor) -> None:
+        self.heard.append((HighwayPass.start, stage, tokens.clone()))
+
+    @torch.no_grad()
+    def finish(self, place: int) -> tuple[Tensor, ...]:
+        """See :meth:`HighwayPasses.finish`."""
+        along = HighwayPass(self.highways[place])
+        for call, stage, *args in self.heard:
+            if stage < self.num_heard[place]:
+                call(along, stage, *args)
+        return along.finish()
 
 
 def normed_map(norm: nn.Module, tokens: Tensor, size: Size) -> Tensor:

@@ -80,6 +80,10 @@ class TapRecord:
                 self._keep(tokens)
         self.num_taps += 1
 
+    def free_basis(self) -> None:
+        """Ends the filling."""
+        self.down_in = self._basis = None
+
     def _allocate(self, tap: Tensor) -> None:
         num_adapters, dims, width = self.down_in.shape
         num_tokens = tap.shape[:-1].numel()
@@ -111,22 +115,28 @@ class JointRecord:
     """The same taps for several highways, none of which asks for a gradient: one product a tap serves all.
 
     Args:
-        records: of the highways, empty; they are filled by :meth:`hand_out`.
+        down_ins: ``P`` of each highway's adapters in the stage, (N, C, W); widths may differ.
     """
 
-    def __init__(self, records: Sequence[TapRecord]) -> None:
-        self._records = records
-        self._joint = TapRecord(torch.cat([record.down_in.detach() for record in records], 2))
+    def __init__(self, down_ins: Sequence[Tensor]) -> None:
+        self._down_ins = down_ins
+        self._joint: TapRecord | None = None
 
     def add(self, tap: Tensor) -> None:
         """See :meth:`TapRecord.add`."""
+        if self._joint is None:
+            self._joint = TapRecord(torch.cat([down_in.detach() for down_in in self._down_ins], 2).to(tap.dtype))
         self._joint.add(tap)
 
-    def hand_out(self) -> None:
-        """Gives each record its part, once all taps are there."""
-        joint, widths = self._joint, [record.down_in.shape[2] for record in self._records]
-        for record, reduced in zip(self._records, joint.reduced.split(widths, 2)):
-            record.num_taps, record.shape, record.reduced = joint.num_taps, joint.shape, reduced
+    def close(self) -> None:
+        """Frees what only :meth:`add` needs."""
+        self._joint.free_basis()
+
+    def fill(self, record: TapRecord) -> None:
+        """Gives the record of one of the highways its part, once all taps are there."""
+        parts = self._joint.reduced.split([down_in.shape[2] for down_in in self._down_ins], 2)
+        record.reduced = next(part for part, own in zip(parts, self._down_ins) if own is record.down_in)
+        record.num_taps, record.shape = self._joint.num_taps, self._joint.shape
 
 
 def records_gradient() -> bool:
