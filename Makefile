@@ -2,7 +2,7 @@
 PYTHON_BIN := .venv/bin/python
 
 TEST_ARGS :=
-.PHONY: help setup demo test cover docs lint format benchmark results clean
+.PHONY: help setup demo notebook test cover docs lint format benchmark results clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -12,6 +12,9 @@ setup:  ## make .venv ready (torch, mmcv with ops, mmdet, mmseg); quick the seco
 
 demo: setup  ## find nuclei with a frozen backbone, E3VA and full fine-tuning: a table and a picture
 	$(PYTHON_BIN) demo/run.py
+
+notebook: setup  ## execute the demo's notebook, and write its outputs into it
+	.venv/bin/jupyter-execute --inplace demo/quickstart.ipynb
 
 test: setup  ## run the tests
 	OMP_NUM_THREADS=1 $(PYTHON_BIN) -m pytest $(TEST_ARGS)

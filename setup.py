@@ -21,7 +21,7 @@ PEFT = ['peft>=0.15']
 TIMM = ['timm>=1.0.20', 'torchvision']
 PRETRAIN = ['onedl-mmpretrain>=1.3']
 ROTATE = [*DET, 'onedl-mmrotate>=1.2']
-TEST = ['pytest', 'pytest-cov', 'pytest-xdist', 'pyyaml', 'ruff']
+TEST = ['ipykernel', 'nbclient', 'pytest', 'pytest-cov', 'pytest-xdist', 'pyyaml', 'ruff']
 
 # What an installed package has of the clone, in the folder where OpenMMLab's programs look for it.
 MIM = ['model-index.yml', 'configs/*/metafile.yml', 'configs/**/*.py']

@@ -1,5 +1,6 @@
 """The demo's picture: a row an image; the truth, and for each model its nuclei and its mistakes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -16,12 +17,12 @@ SIDE = 256  # The part of an image that is drawn, from its upper left corner.
 FOUND, MISSED, WRONG = (70, 160, 90), (235, 40, 40), (255, 165, 0)
 
 
-def draw(truths: dict, predictions: dict[str, dict], path: Path) -> None:
-    """Args: true numbers by image, predicted ones by model and image (:mod:`nuclei_data`), and the file to write."""
+def draw(truths: dict, predictions: dict[str, dict], path: Path, images: Sequence[str] = IMAGES) -> None:
+    """Args: true numbers by image, predicted ones by model and image (:mod:`nuclei_data`), the file to write, rows."""
     num_columns = 2 + 2 * len(predictions)
-    size = (2.15 * num_columns, 2.35 * len(IMAGES) + 0.7)
-    figure, axes = plt.subplots(len(IMAGES), num_columns, figsize=size, layout='constrained')
-    for row, name in zip(axes, IMAGES):
+    size = (2.15 * num_columns, 2.35 * len(images) + 0.7)
+    figure, axes = plt.subplots(len(images), num_columns, figsize=size, layout='constrained')
+    for row, name in zip(axes, images):
         truth = truths[name][:SIDE, :SIDE]
         show(row[0], brighten(name), 'image')
         show(row[1], coloured(truth), f'truth: {count(truth)} nuclei')

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,10 +90,10 @@ def live_progress(console: Console) -> Progress:
     )
 
 
-def places() -> str:
-    """Where the pictured images are among the validation images, as an option's value."""
+def places() -> list[int]:
+    """Where the pictured images are among the validation images."""
     names = sorted(true_nuclei('val'))
-    return str([names.index(name) for name in IMAGES]).replace(' ', '')
+    return [names.index(name) for name in IMAGES]
 
 
 class Run:
@@ -104,7 +105,8 @@ class Run:
         loaders = (f'{split}_dataloader.dataset' for split in ('train', 'test'))
         self.options = [*self.options, *(f'{loader}.data_root={work_dir / "data"}' for loader in loaders)]
         if quick:
-            self.options += ['train_cfg.max_iters=2', f'test_dataloader.dataset.indices={places()}']
+            pictured = str(places()).replace(' ', '')
+            self.options += ['train_cfg.max_iters=2', f'test_dataloader.dataset.indices={pictured}']
         self.task = progress.add_task(name, start=False, total=None, phase='waits', cost='')
 
     def result(self) -> dict:
@@ -114,16 +116,8 @@ class Run:
         trained = self.folder / Path(CONFIG).name, (self.folder / 'last_checkpoint').read_text()
         self.call('tests', 'tools/test.py', *trained, '--work-dir', self.folder / 'test', '--out', self.folder / 'out')
         self.progress.update(self.task, phase='done')
-        report = json.loads((self.folder / 'run_report.json').read_text())
         metrics = json.loads(max((self.folder / 'test').glob('*/*.json'), key=os.path.getmtime).read_text())
-        return {
-            'method': self.name,
-            'mIoU': metrics['mIoU'],
-            'trained': sum(part['trainable'] for part in report['parameters'].values()),
-            'peak_memory_mib': report['peak_memory_mib'],
-            'step_seconds': report['step_seconds_median'],
-            'checkpoint_mib': round(report['checkpoint_bytes'] / 2**20, 1),
-        }
+        return {'method': self.name, 'mIoU': metrics['mIoU'], **costs(self.folder)}
 
     def call(self, phase: str, tool: str, *arguments) -> None:
         """Calls a tool; what it prints goes into a log of its name, from which the bar is moved on."""
@@ -154,8 +148,24 @@ class Run:
 
     def predictions(self, truths: dict) -> dict:
         """Predicted nuclei by image, as numbers of pixels."""
-        paths = {name: self.folder / 'out' / f'{name}.png' for name in truths}
-        return {name: nuclei_of(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)) for name, path in paths.items()}
+        return read_predictions(self.folder / 'out', truths)
+
+
+def costs(folder: Path) -> dict:
+    """What a training took, out of its report."""
+    report = json.loads((folder / 'run_report.json').read_text())
+    return {
+        'trained': sum(part['trainable'] for part in report['parameters'].values()),
+        'peak_memory_mib': report['peak_memory_mib'],
+        'step_seconds': report['step_seconds_median'],
+        'checkpoint_mib': round(report['checkpoint_bytes'] / 2**20, 1),
+    }
+
+
+def read_predictions(folder: Path, names: Iterable[str]) -> dict:
+    """Predicted nuclei by image, as numbers of pixels, out of the labels that a test has written."""
+    paths = {name: folder / f'{name}.png' for name in names}
+    return {name: nuclei_of(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)) for name, path in paths.items()}
 
 
 def score(truths: dict, predictions: dict) -> dict:

@@ -173,14 +173,15 @@ def _read_safetensors(path: Path) -> dict:
     return {'state_dict': state, 'meta': {key: value for key, value in known.items() if value}}
 
 
-# The prefixes are regular expressions, so that other files stay with mmengine's own loader.
+# The prefixes are regular expressions, so that other files stay with mmengine's own loader. What comes after
+# `load_from_` is the backend's name in mmengine's log.
 @CheckpointLoader.register_scheme(prefixes=r'[^:]*\.safetensors$', force=True)
-def load_safetensors(filename: str, map_location=None) -> dict:
+def load_from_safetensors(filename: str, map_location=None) -> dict:
     """Files from :func:`publish`, for ``load_from``, ``init_cfg`` and ``init_model``."""
     return read_checkpoint(Path(filename).expanduser())
 
 
 @CheckpointLoader.register_scheme(prefixes='e3va://', force=True)
-def load_embedded(filename: str, map_location=None) -> dict:
+def load_from_package(filename: str, map_location=None) -> dict:
     """``e3va://NAME``: weights that ship inside the package, whatever the working directory."""
     return load_from_local(str(_EMBEDDED / filename.removeprefix('e3va://')), map_location)
