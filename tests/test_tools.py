@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, tool
+from mmengine.config import Config
 
 from e3va_mm.checkpoints.files import read_checkpoint
 from e3va_mm.checkpoints.latest import latest_checkpoint
@@ -162,18 +163,25 @@ def test_accumulation_ema_and_checkpointed_heads(seg_config, tmp_path):
     assert metric(tested, 'mIoU') == metric(log, 'mIoU')
 
 
-def test_two_processes(seg_config, tmp_path, request):
+@pytest.mark.parametrize('flags', [[], ['--tune', 'e3va']], ids=' '.join)
+def test_two_processes(seg_config, tmp_path, flags):
     """DDP over gloo on the CPU, without find_unused_parameters; every rank ends with the same parameters."""
+    config = Config.fromfile(seg_config)
+    if flags:
+        config.model.backbone = config.model.backbone.backbone
+    config.dump(tmp_path / 'two.py')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
-    command = ['bash', 'tools/dist_train.sh', seg_config, '2', '--work-dir', tmp_path]
+    command = ['bash', 'tools/dist_train.sh', tmp_path / 'two.py', '2', *flags, '--work-dir', tmp_path / 'run']
     environment = {**os.environ, 'PORT': port, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
     call = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert call.returncode == 0, call.stdout[-2000:] + call.stderr[-2000:]
     assert 'SyncBN needs GPUs' in call.stdout + call.stderr
-    assert json.loads((tmp_path / 'run_report.json').read_text())['num_devices'] == 2
-    command = ['bash', 'tools/dist_test.sh', seg_config, tmp_path / 'iter_4.pth', '2', '--work-dir', tmp_path / 'test']
+    report = json.loads((tmp_path / 'run/run_report.json').read_text())
+    assert report['num_devices'] == 2 and report['parameters']['highway']['trainable']
+    trained = tmp_path / 'run/two.py', tmp_path / 'run/iter_4.pth'
+    command = ['bash', 'tools/dist_test.sh', *trained, '2', '--work-dir', tmp_path / 'test']
     call = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert call.returncode == 0, call.stdout[-2000:] + call.stderr[-2000:]
     assert metric(call.stdout + call.stderr, 'mIoU') >= 0
