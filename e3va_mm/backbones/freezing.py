@@ -17,8 +17,10 @@ from ..checks import check_choice
 from ..compat import repair_text_detectors
 from ..families.custom import CustomFamily
 from ..families.registry import find_family
+from .quantised import QUANTISED, QuantisedLinears
 
-_FROZEN_DTYPES = {None: None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+# Where weights are quantised, all else runs in bfloat16.
+_FROZEN_DTYPES = {None: None, 'float16': torch.float16, **dict.fromkeys(('bfloat16', *QUANTISED), torch.bfloat16)}
 # Their parameters are what autocast rounds in every call.
 _MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
@@ -52,6 +54,8 @@ class FrozenModule(BaseModule):
         self.backbone = backbone if isinstance(backbone, nn.Module) else _build(backbone)
         self.family = CustomFamily(self.backbone, taps) if taps else find_family(self.backbone)
         self._trained_base: set[str] = set()
+        self._quantised_dtype = frozen_dtype if frozen_dtype in QUANTISED else None
+        self._quantised: QuantisedLinears | None = None
 
     def freeze_base(self, trained: set[str] = frozenset()) -> None:
         """Freezes all of the base but the parameters named in ``trained``; constructors end with this call.
@@ -72,6 +76,9 @@ class FrozenModule(BaseModule):
             and not type(module).__module__.startswith('torch.')
         }
         self.hold_freeze()
+        if self._quantised_dtype:
+            frozen = self._frozen_tensors().keys()
+            self._quantised = QuantisedLinears(self._quantised_dtype, self.backbone, frozen, self.family.uncalled)
         if self.frozen_dtype:
             self._reduce_matrices()
 
