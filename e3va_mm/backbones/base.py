@@ -97,15 +97,14 @@ class FrozenBackbone(FrozenModule):
 
     @torch.no_grad()
     def _adopt(self, staging: nn.Module) -> None:
-        own, values = named_tensors(self.backbone), named_tensors(staging).values()
-        for (name, tensor), value in zip(own.items(), values):
-            if not self._quantised or name not in self._quantised.names:
-                tensor.copy_(value)
+        values = named_tensors(staging)
+        for name, tensor in named_tensors(self.backbone).items():
+            tensor.copy_(values[name])
         if self._quantised:
             self._quantised.adopt(self.backbone, staging)
 
     def frozen_forward(self, images: Tensor) -> contextlib.AbstractContextManager:
-        if self._with_weights() is not self.backbone:
+        if self._quantised and not self._base_is_loaded:
             self.load_base()
         return super().frozen_forward(images)
 
@@ -128,7 +127,8 @@ class FrozenBackbone(FrozenModule):
         if 'fingerprint' in self._base_record:
             return self._base_record['fingerprint']
         # Until the base is loaded its values may change, so nothing is recorded here.
-        return fingerprint(frozen_tensors(self._with_weights(), self._trained_base))
+        holder = self._quantised.stock if self._quantised else self.backbone
+        return fingerprint(frozen_tensors(holder, self._trained_base))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # mmengine loads with strict=False and only logs what does not fit, so the checks are made here.
@@ -152,12 +152,7 @@ class FrozenBackbone(FrozenModule):
 
     def _stock_module(self) -> nn.Module:
         """One with the stock backbone's names and shapes."""
-        return self._with_weights()
-
-    def _with_weights(self) -> nn.Module:
-        """The backbone, or what has its weights until they are quantised."""
-        stock = self._quantised.stock if self._quantised else None
-        return self.backbone if stock is None else stock
+        return self._quantised.staging(self.backbone) if self._quantised else self.backbone
 
     def fits_stock(self, given: dict[str, Tensor]) -> bool:
         """Whether a state dict has all weights of the stock backbone, by its names: that of a whole stock model has."""
@@ -185,7 +180,7 @@ class FrozenBackbone(FrozenModule):
     def _check_base(self, found: Tensor | None) -> None:
         if found is None:
             raise CheckpointMismatchError(f'{FINGERPRINT} is missing: the checkpoint was not saved by this wrapper')
-        difference = describe_difference(found.cpu(), self.base_fingerprint(), list(self._frozen_tensors()))
+        difference = describe_difference(found.cpu(), self.base_fingerprint(), self._base_names)
         if difference:
             raise CheckpointMismatchError(
                 f'the checkpoint belongs to another frozen base: {difference}; '
@@ -193,6 +188,11 @@ class FrozenBackbone(FrozenModule):
                 'stock model, name that file there: '
                 "backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')"
             )
+
+    def _apply(self, fn, *args) -> FrozenBackbone:
+        if self._quantised:
+            self._quantised.move(self.backbone, fn)
+        return super()._apply(fn, *args)
 
     def __getstate__(self) -> dict:
         # A copy (EMAHook's) is of a base in place: what averages it may never be told of weights that come later.
@@ -203,7 +203,7 @@ class FrozenBackbone(FrozenModule):
     def __deepcopy__(self, memo: dict) -> FrozenBackbone:
         state = self.__getstate__()
         if self._quantised:
-            memo.update(self._quantised.copies(self.backbone))
+            memo.update(self._quantised.shared(self.backbone))
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(state, memo))
         return copied

@@ -63,6 +63,10 @@ class FrozenModule(BaseModule):
         Freezing belongs to construction: optimizers with ``paramwise_cfg`` are built before weights are loaded.
         """
         self._trained_base, self._trained, self._frozen = set(trained), [], []
+        self._base_names = list(self._frozen_tensors())
+        if self._quantised_dtype:
+            uncalled = self.family.uncalled
+            self._quantised = QuantisedLinears(self._quantised_dtype, self.backbone, set(self._base_names), uncalled)
         for name, parameter in self.named_parameters():
             path, _, base_name = name.partition('.')
             is_frozen = path == 'backbone' and base_name not in trained
@@ -76,9 +80,6 @@ class FrozenModule(BaseModule):
             and not type(module).__module__.startswith('torch.')
         }
         self.hold_freeze()
-        if self._quantised_dtype:
-            frozen = self._frozen_tensors().keys()
-            self._quantised = QuantisedLinears(self._quantised_dtype, self.backbone, frozen, self.family.uncalled)
         if self.frozen_dtype:
             self._reduce_matrices()
 
@@ -148,6 +149,11 @@ class FrozenModule(BaseModule):
     def freezes_base(self) -> bool:
         """Whether any of the stock backbone is frozen: all methods but full fine-tuning do so."""
         return bool(self._frozen)
+
+    @property
+    def num_quantised(self) -> int:
+        """How many frozen weights are none of its parameters, because they are quantised."""
+        return self._quantised.num_weights if self._quantised else 0
 
     def _frozen_tensors(self) -> dict[str, Tensor]:
         return frozen_tensors(self.backbone, self._trained_base)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..checkpoints.base_weights import names_weights
 
 _NF4_BLOCK, _NF4_MOST_BLOCKS = 64, 256
 
@@ -41,8 +44,10 @@ QUANTISED = {'int8': _to_int8, 'float8': _to_float8, 'nf4': _to_nf4}
 class QuantisedLinears:
     """The weights of a backbone's frozen linear layers, which are quantised when the base has been loaded.
 
-    Until then the backbone has empty ones, so that nothing wide goes to its device, and the stock module is kept here,
-    on the host. What only reads a layer's weight without calling the layer keeps it in bfloat16.
+    They are plain attributes of their layers: what averages, broadcasts or optimises parameters can not deal with such
+    tensors, and has nothing to do with frozen ones. Until the base is loaded there are none, so that nothing wide gets
+    to the backbone's device, and the stock module is kept here, on the host. What only reads a layer's weight without
+    calling the layer (``torch.nn.MultiheadAttention`` does) keeps it in bfloat16.
 
     Args:
         frozen_dtype: 'int8', 'float8' or 'nf4'.
@@ -61,33 +66,48 @@ class QuantisedLinears:
     def __init__(self, frozen_dtype: str, backbone: nn.Module, frozen: set[str], uncalled: tuple[str, ...]) -> None:
         _import_torchao(frozen_dtype)
         self.frozen_dtype = frozen_dtype
-        layers = {
-            f'{path}.weight': module
+        self._layers = {
+            path: tuple(module.weight.shape)
             for path, module in backbone.named_modules()
-            if isinstance(module, nn.Linear) and f'{path}.weight' in frozen and not path.endswith(uncalled)
-            # MultiheadAttention has one whose weight it reads.
-            and not isinstance(module, NonDynamicallyQuantizableLinear) and self._fits(module.weight)
-        }  # fmt: skip
-        if not layers:
+            if isinstance(module, nn.Linear)
+            and not isinstance(module, NonDynamicallyQuantizableLinear)  # MultiheadAttention's
+            and f'{path}.weight' in frozen
+            and not path.endswith(uncalled)
+            and (frozen_dtype != 'nf4' or module.weight.numel() % _NF4_BLOCK == 0)
+        }
+        if not self._layers:
             raise ValueError(
                 f'frozen_dtype={frozen_dtype!r} is for frozen linear layers, and this {type(backbone).__name__} has '
                 "none that it fits: take 'bfloat16'"
             )
-        self.names = set(layers)
-        self.stock: nn.Module | None = _wide_copy(backbone, {id(each.weight): each.weight for each in layers.values()})
-        for layer in layers.values():
-            layer.weight.data = layer.weight.new_empty(0)
+        self.stock: nn.Module | None = copy.deepcopy(backbone, self._handed_over(backbone)).float()
+        for layer in self._in(backbone).values():
             layer.register_forward_pre_hook(_narrow)
+            # The name keeps its place in the order of parameters, which fingerprints are in.
+            layer._parameters['weight'] = layer.__dict__['weight'] = None
 
-    def _fits(self, weight: Tensor) -> bool:
-        return self.frozen_dtype != 'nf4' or weight.numel() % _NF4_BLOCK == 0
+    def _in(self, backbone: nn.Module) -> dict[str, nn.Linear]:
+        return {path: backbone.get_submodule(path) for path in self._layers}
+
+    @property
+    def num_weights(self) -> int:
+        return sum(math.prod(shape) for shape in self._layers.values())
+
+    def _handed_over(self, backbone: nn.Module) -> dict[int, nn.Parameter]:
+        """Memo of a deep copy that takes the weights over, or room for those that will be loaded: no memory so far."""
+        make = torch.empty_like if names_weights(backbone) else torch.Tensor.detach
+        weights = [layer.weight for layer in self._in(backbone).values()]
+        return {id(weight): nn.Parameter(make(weight), requires_grad=False) for weight in weights}
 
     def staging(self, backbone: nn.Module) -> nn.Module:
         """A stock module in fp32 on the host, for weights to be loaded into; those of the layers may be anything."""
         if self.stock is not None:
             return self.stock
-        weights = [tensor for name, tensor in backbone.named_parameters() if name in self.names]
-        return _wide_copy(backbone, {id(weight): torch.empty(weight.shape) for weight in weights}).cpu()
+        staging = copy.deepcopy(backbone, self.shared(backbone)).cpu().float()
+        for path, layer in self._in(staging).items():
+            del layer.__dict__['weight']
+            layer.weight = nn.Parameter(torch.empty(self._layers[path]), requires_grad=False)
+        return staging
 
     @torch.no_grad()
     def adopt(self, backbone: nn.Module, staging: nn.Module) -> None:
@@ -96,22 +116,13 @@ class QuantisedLinears:
         Raises:
             ValueError: that device has not the type.
         """
-        loaded, device = dict(staging.named_parameters()), None
-        for name, weight in backbone.named_parameters():
-            if name not in self.names:
-                continue
-            if weight.device != device:
-                device = weight.device
-                self._check_device(device)
-            quantised = QUANTISED[self.frozen_dtype](loaded[name].detach().to(device, torch.bfloat16))
-            # In place: optimizers and model wrappers hold on to the parameter.
-            torch.utils.swap_tensors(weight, nn.Parameter(quantised, requires_grad=False))
+        device = next(backbone.parameters()).device
+        self._check_device(device)
+        loaded = self._in(staging)
+        for path, layer in self._in(backbone).items():
+            weight = loaded[path].weight.detach().to(device, torch.bfloat16)
+            layer.__dict__['weight'] = QUANTISED[self.frozen_dtype](weight)
         self.stock = None
-
-    def copies(self, backbone: nn.Module) -> dict[int, Tensor]:
-        """Copies of the weights by the ids of these, for ``copy.deepcopy``; torchao's NF4 would be rounded once more."""
-        weights = [tensor for name, tensor in backbone.named_parameters() if name in self.names]
-        return {id(weight): _exact_copy(weight) for weight in weights}
 
     def _check_device(self, device: torch.device) -> None:
         identity = torch.eye(_NF4_BLOCK, dtype=torch.bfloat16, device=device)
@@ -121,18 +132,16 @@ class QuantisedLinears:
             message = f"frozen_dtype={self.frozen_dtype!r} does not run on {device}: take 'bfloat16' ({error})"
             raise ValueError(message) from error
 
+    def move(self, backbone: nn.Module, convert: Callable[[Tensor], Tensor]) -> None:
+        """Follows the parameters of ``backbone`` to where ``convert`` takes them, but into no other type."""
+        for layer in self._in(backbone).values():
+            if layer.weight is not None:
+                device = convert(torch.empty(0, dtype=torch.bfloat16, device=layer.weight.device)).device
+                layer.__dict__['weight'] = layer.weight.to(device)
 
-def _wide_copy(backbone: nn.Module, weights: dict[int, Tensor]) -> nn.Module:
-    """A copy in fp32 that has ``weights``, by the ids of those in ``backbone``, which are not copied."""
-    memo = {key: nn.Parameter(weight.data, requires_grad=False) for key, weight in weights.items()}
-    return copy.deepcopy(backbone, memo).float()
-
-
-def _exact_copy(weight: Tensor) -> nn.Parameter:
-    names, context = weight.__tensor_flatten__()
-    parts = {name: getattr(weight, name).clone() for name in names}
-    copied = type(weight).__tensor_unflatten__(parts, context, weight.shape, weight.stride())
-    return nn.Parameter(copied, requires_grad=False)
+    def shared(self, backbone: nn.Module) -> dict[int, Tensor]:
+        """Memo of a deep copy that has the same weights: nothing writes to them, and torchao would round NF4 again."""
+        return {id(layer.weight): layer.weight for layer in self._in(backbone).values()}
 
 
 def _narrow(layer: nn.Linear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
