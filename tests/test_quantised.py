@@ -182,7 +182,7 @@ def test_copies(wide_weights, frozen_dtype):
 @needs_torchao
 @pytest.mark.parametrize('is_loaded', [False, True])
 def test_distributed(wide_weights, tmp_path, is_loaded):
-    """The wrapper broadcasts what is there when it is made: mmengine's Runner loads weights later, its strategies before."""
+    """Parameters are broadcast when the wrapper is made: before weights are loaded by mmengine's Runner, or after."""
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     try:
         for frozen_dtype in TYPES:
