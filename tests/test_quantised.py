@@ -283,3 +283,25 @@ def test_without_torchao(monkeypatch, frozen_dtype):
     message = f"frozen_dtype='{frozen_dtype}' needs torchao .*: pip install 'e3va_mm.quant.'"
     with pytest.raises(ImportError, match=message):
         MODELS.build(dict(type='E3VABackbone', backbone=swin(), frozen_dtype=frozen_dtype))
+
+
+@needs_torchao
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@every_type
+def test_on_cuda(frozen_dtype):
+    """Nothing wide but one layer is on the device while weights are loaded; the maps are those of the CPU."""
+    backbone = dict(timm_features(), embed_dim=512, depth=8, num_heads=8)
+    model = MODELS.build(dict(type='E3VABackbone', backbone=backbone, frozen_dtype=frozen_dtype)).cuda()
+    # cuBLAS takes its workspace with the first product.
+    nn.functional.linear(*2 * [torch.eye(64, dtype=torch.bfloat16, device='cuda')])
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model.init_weights()
+    held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    assert held < BYTES[frozen_dtype] * model.num_quantised
+    assert peak < held + 2**27
+    assert error([each.cpu() for each in model(images().cuda())], model.cpu()(images())) < 0.05
+    with torch.autocast('cuda', dtype=torch.float16):
+        outputs = stir(model.cuda())(images().cuda())
+    sum(output.float().square().sum() for output in outputs).backward()
+    assert all(each.grad.isfinite().all() for each in model.parameters() if each.requires_grad)
