@@ -19,6 +19,7 @@ SEG = [*ENGINE, 'onedl-mmsegmentation>=1.4', 'ftfy']
 DET = [*ENGINE, 'onedl-mmdetection>=3.5']
 PEFT = ['peft>=0.15']
 TIMM = ['timm>=1.0.20', 'torchvision']
+QUANT = ['torchao>=0.18']  # which wants torch 2.11
 PRETRAIN = ['onedl-mmpretrain>=1.3']
 ROTATE = [*DET, 'onedl-mmrotate>=1.2']
 TEST = ['ipykernel', 'nbclient', 'pytest', 'pytest-cov', 'pytest-xdist', 'pyyaml', 'ruff']
@@ -78,6 +79,7 @@ setup(
         'det': DET,
         'peft': PEFT,
         'timm': TIMM,
+        'quant': QUANT,
         'pretrain': PRETRAIN,
         'rotate': ROTATE,
         'test': TEST,

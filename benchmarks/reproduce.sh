@@ -93,6 +93,11 @@ guard() {
     train guard --datasets bccd --learning-rates 3e-4 --methods "${methods[@]}"
 }
 
+# Frozen layers in 8 and 4 bits, on a backbone that is all linear layers; needs torchao.
+quantised_guard() {
+    train quantised_guard --backbones vit-tiny --datasets camvid bccd --methods e3va+{bf16,int8,float8,nf4}
+}
+
 backbones() { train backbones --train-args amp --backbones vit-tiny efficientnet-lite0 --datasets camvid bccd; }
 
 # In fp32, and fewer at a time: Mask2Former takes up to 10 GB.
@@ -127,6 +132,12 @@ cost() {
         # shellcheck disable=SC2086
         on_set cost_mixers $set --methods e3va $wide{,+graph1} mona
     done
+}
+
+quantised_cost() {  # the larger the backbone, the more of the memory is its weights'
+    local types=(bf16 int8 float8 nf4)
+    measure quantised_cost --tasks --configs configs/ade20k/dinov2-{l,g}_upernet_8xb2-160k_ade20k-512x512.py \
+        --precisions amp-fp16 --batch-sizes 2 --steps 10 --warmup 3 --methods "${types[@]/#/e3va+}"
 }
 
 operators() {  # not in all: PURE_MMCV is a folder with an mmcv that has no compiled operators; the interpreter's own has
@@ -164,7 +175,7 @@ shared() {  # many tasks by one frozen pass
     run benchmarks/shared_pass.py --out $results/shared_pass.json --sizes l --image-sizes 512x512 800x1344 --methods e3va+bf16
 }
 
-parts='amp fits accuracy variants seeds guard backbones heads cost steps masks shared'
+parts='amp fits accuracy variants seeds guard quantised_guard backbones heads cost quantised_cost steps masks shared'
 for part in ${*:-$parts}; do
     [[ " $parts operators " == *" $part "* ]] || { echo "unknown part $part; known are $parts operators" >&2; exit 2; }
     "$part"

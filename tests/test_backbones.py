@@ -279,7 +279,7 @@ def test_frozen_method():
         (dict(mixer=dict(width=0)), ValueError, 'mixer.width .* got 0'),
         (dict(mixer=dict(depth=2)), ValueError, r"unknown option \['depth'\] in mixer"),
         (dict(mixer=dict(kernel_sizes=(3, 4))), ValueError, r'mixer.kernel_sizes .* got \(3, 4\)'),
-        (dict(frozen_dtype='int8'), ValueError, "frozen_dtype must be one of .* got 'int8'"),
+        (dict(frozen_dtype='int3'), ValueError, "frozen_dtype must be one of .* got 'int3'"),
         (dict(saved_dtype='float4'), ValueError, "saved_dtype must be one of .* got 'float4'"),
         (dict(saved_fraction=0), ValueError, 'saved_fraction must be a number above 0 and at most 1, got 0'),
         (dict(init='ones'), ValueError, "init must be one of .* got 'ones'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 
@@ -31,13 +32,16 @@ class FrozenBackbone(FrozenModule):
         frozen_dtype: 'float16' or 'bfloat16' keeps the frozen linear and convolution layers in that type and runs the
             frozen forward under autocast to it, whatever the rest of the model runs in; ``None`` leaves both as they
             are; 'auto' is 'bfloat16' where the constructor finds a CUDA device that computes in it, else ``None``.
+            'int8', 'float8' and 'nf4' are 'bfloat16' with the weights of the frozen linear layers quantised, see
+            :mod:`.quantised`.
         init_cfg: mmengine initialisation of the wrapper itself, e.g. ``dict(type='Pretrained', checkpoint=...)``
             with a trained adapter.
         taps: where to tap a backbone, if not where its family does, see :class:`~e3va_mm.families.custom.CustomFamily`.
 
     Raises:
+        ImportError: ``frozen_dtype`` needs torchao, which is not installed.
         KeyError, TypeError: ``backbone`` names no registered or no supported type.
-        ValueError: ``frozen_dtype`` is none of the above.
+        ValueError: ``frozen_dtype`` is none of the above, or the backbone has no layers for it.
     """
 
     def __init__(
@@ -86,13 +90,23 @@ class FrozenBackbone(FrozenModule):
 
     def _staging(self) -> nn.Module:
         """The module that base weights are loaded into: stock, in fp32."""
+        if self._quantised:
+            return self._quantised.staging(self.backbone)
         # The fingerprint is of the weights as published, so reduced precision is applied to a copy of them.
         return copy.deepcopy(self.backbone).float() if self.frozen_dtype else self.backbone
 
     @torch.no_grad()
     def _adopt(self, staging: nn.Module) -> None:
-        for tensor, value in zip(named_tensors(self.backbone).values(), named_tensors(staging).values()):
-            tensor.copy_(value)
+        values = named_tensors(staging)
+        for name, tensor in named_tensors(self.backbone).items():
+            tensor.copy_(values[name])
+        if self._quantised:
+            self._quantised.adopt(self.backbone, staging)
+
+    def frozen_forward(self, images: Tensor) -> contextlib.AbstractContextManager:
+        if self._quantised and not self._base_is_loaded:
+            self.load_base()
+        return super().frozen_forward(images)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained beside the backbone, by name; in tables of parameters it is a part of its own."""
@@ -113,7 +127,8 @@ class FrozenBackbone(FrozenModule):
         if 'fingerprint' in self._base_record:
             return self._base_record['fingerprint']
         # Until the base is loaded its values may change, so nothing is recorded here.
-        return fingerprint(self._frozen_tensors())
+        holder = self._quantised.stock if self._quantised else self.backbone
+        return fingerprint(frozen_tensors(holder, self._trained_base))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # mmengine loads with strict=False and only logs what does not fit, so the checks are made here.
@@ -136,8 +151,8 @@ class FrozenBackbone(FrozenModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _stock_module(self) -> nn.Module:
-        """One with the stock backbone's names."""
-        return self.backbone
+        """One with the stock backbone's names and shapes."""
+        return self._quantised.staging(self.backbone) if self._quantised else self.backbone
 
     def fits_stock(self, given: dict[str, Tensor]) -> bool:
         """Whether a state dict has all weights of the stock backbone, by its names: that of a whole stock model has."""
@@ -165,7 +180,7 @@ class FrozenBackbone(FrozenModule):
     def _check_base(self, found: Tensor | None) -> None:
         if found is None:
             raise CheckpointMismatchError(f'{FINGERPRINT} is missing: the checkpoint was not saved by this wrapper')
-        difference = describe_difference(found.cpu(), self.base_fingerprint(), list(self._frozen_tensors()))
+        difference = describe_difference(found.cpu(), self.base_fingerprint(), self._base_names)
         if difference:
             raise CheckpointMismatchError(
                 f'the checkpoint belongs to another frozen base: {difference}; '
@@ -174,11 +189,24 @@ class FrozenBackbone(FrozenModule):
                 "backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')"
             )
 
+    def _apply(self, fn, *args) -> FrozenBackbone:
+        if self._quantised:
+            self._quantised.move(self.backbone, fn)
+        return super()._apply(fn, *args)
+
     def __getstate__(self) -> dict:
         # A copy (EMAHook's) is of a base in place: what averages it may never be told of weights that come later.
         if not self._base_is_loaded:
             self.load_base()
         return self.__dict__
+
+    def __deepcopy__(self, memo: dict) -> FrozenBackbone:
+        state = self.__getstate__()
+        if self._quantised:
+            memo.update(self._quantised.shared(self.backbone))
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(state, memo))
+        return copied
 
 
 def _drop_base(wrapper: FrozenBackbone, state_dict: dict, prefix: str, _) -> None:

@@ -17,8 +17,10 @@ from ..checks import check_choice
 from ..compat import repair_text_detectors
 from ..families.custom import CustomFamily
 from ..families.registry import find_family
+from .quantised import QUANTISED, QuantisedLinears
 
-_FROZEN_DTYPES = {None: None, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+# Where weights are quantised, all else runs in bfloat16.
+_FROZEN_DTYPES = {None: None, 'float16': torch.float16, **dict.fromkeys(('bfloat16', *QUANTISED), torch.bfloat16)}
 # Their parameters are what autocast rounds in every call.
 _MATRICES = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
@@ -52,6 +54,8 @@ class FrozenModule(BaseModule):
         self.backbone = backbone if isinstance(backbone, nn.Module) else _build(backbone)
         self.family = CustomFamily(self.backbone, taps) if taps else find_family(self.backbone)
         self._trained_base: set[str] = set()
+        self._quantised_dtype = frozen_dtype if frozen_dtype in QUANTISED else None
+        self._quantised: QuantisedLinears | None = None
 
     def freeze_base(self, trained: set[str] = frozenset()) -> None:
         """Freezes all of the base but the parameters named in ``trained``; constructors end with this call.
@@ -59,6 +63,10 @@ class FrozenModule(BaseModule):
         Freezing belongs to construction: optimizers with ``paramwise_cfg`` are built before weights are loaded.
         """
         self._trained_base, self._trained, self._frozen = set(trained), [], []
+        self._base_names = list(self._frozen_tensors())
+        if self._quantised_dtype:
+            uncalled = self.family.uncalled
+            self._quantised = QuantisedLinears(self._quantised_dtype, self.backbone, set(self._base_names), uncalled)
         for name, parameter in self.named_parameters():
             path, _, base_name = name.partition('.')
             is_frozen = path == 'backbone' and base_name not in trained
@@ -141,6 +149,11 @@ class FrozenModule(BaseModule):
     def freezes_base(self) -> bool:
         """Whether any of the stock backbone is frozen: all methods but full fine-tuning do so."""
         return bool(self._frozen)
+
+    @property
+    def num_quantised(self) -> int:
+        """How many frozen weights are none of its parameters, because they are quantised."""
+        return self._quantised.num_weights if self._quantised else 0
 
     def _frozen_tensors(self) -> dict[str, Tensor]:
         return frozen_tensors(self.backbone, self._trained_base)

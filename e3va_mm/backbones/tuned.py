@@ -24,7 +24,7 @@ class TunedBackbone(FrozenBackbone):
         frozen_dtype, init_cfg: see :class:`FrozenBackbone`.
 
     Raises:
-        ValueError: ``method`` is unknown or carries unknown options.
+        ValueError: ``method`` is unknown or carries unknown options, or ``frozen_dtype`` is not for it.
     """
 
     def __init__(
@@ -34,6 +34,9 @@ class TunedBackbone(FrozenBackbone):
         stock = copy.deepcopy(self.backbone)
         self._stock_names = super().stock_names()
         self.method = build_method(self.family, method)
+        if self._quantised_dtype and isinstance(self.method, PEFT):
+            name = type(self.method).__name__
+            raise ValueError(f"frozen_dtype={frozen_dtype!r} is not for {name}, which wraps layers: take 'bfloat16'")
         self.method.inject(self.backbone)
         # Weights are loaded by their stock names; where those are gone, a stock module is kept until the first forward.
         self._stock = [stock] if list(stock.state_dict()) != list(self.backbone.state_dict()) else []

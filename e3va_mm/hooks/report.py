@@ -32,6 +32,9 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, parameter in model.named_parameters():
         part = counts.setdefault(_part(name, parameter, adapters), {'trainable': 0, 'frozen': 0})
         part['trainable' if parameter.requires_grad else 'frozen'] += parameter.numel()
+    for name, module in model.named_modules():
+        if getattr(module, 'num_quantised', 0):
+            counts[_part(name, None, adapters)]['frozen'] += module.num_quantised
     return counts
 
 
@@ -41,7 +44,7 @@ def _adapters(model: nn.Module) -> set[int]:
     return {id(parameter) for wrapper in wrappers for parameter in wrapper.adapter_parameters().values()}
 
 
-def _part(name: str, parameter: nn.Parameter, adapters: set[int]) -> str:
+def _part(name: str, parameter: nn.Parameter | None, adapters: set[int]) -> str:
     top = name.partition('.')[0]
     return 'highway' if id(parameter) in adapters else top if top in ('backbone', 'neck') else 'head'
 
