@@ -64,7 +64,9 @@ def test_training_and_prediction(name, bert, tmp_path):
     config = tuned(name, bert, tmp_path)
     init_default_scope('mmdet')
     torch.manual_seed(0)
-    model = stir(MODELS.build(config.model), 0.01).train()
+    model = MODELS.build(config.model)
+    model.init_weights()  # The toolbox builds some parameters from whatever lies in memory, NaN among it.
+    model = stir(model, 0.01).train()
     loss, _ = model.parse_losses(model(**batch(model), mode='loss'))
     loss.backward()
     assert loss.isfinite()
