@@ -171,7 +171,8 @@ def test_two_processes(seg_config, tmp_path):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
-    command = ['bash', 'tools/dist_train.sh', tmp_path / 'two.py', '2', '--tune', 'e3va', '--work-dir', tmp_path / 'run']
+    arguments = [tmp_path / 'two.py', '2', '--tune', 'e3va', '--work-dir', tmp_path / 'run']
+    command = ['bash', 'tools/dist_train.sh', *arguments]
     environment = {**os.environ, 'PORT': port, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
     call = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert call.returncode == 0, call.stdout[-2000:] + call.stderr[-2000:]
