@@ -23,7 +23,7 @@ templates_path = ['_templates']
 html_theme = 'furo'
 html_title = f'e3va_mm {release}'
 
-myst_heading_anchors = 3
+myst_heading_anchors = 4
 # Links to repository files are checked below, and by tests/test_docs.py.
 autodoc_default_options = {'ignore-module-all': True, 'show-inheritance': True}
 autodoc_member_order = 'bysource'
