@@ -10,7 +10,7 @@ from ..checks import check_options, check_positive, checks_options
 from ..families.base import listen
 from ..families.first_pass import FirstPass
 from ..highway.highway import Highway, HighwayPass, HighwayStage
-from ..highway.tap_record import TapStorage
+from ..highway.tap_record import TapStorage, in_trace
 from ..optim import check_at_first_step
 from .base import FrozenBackbone
 from .freezing import parse_dtype
@@ -131,7 +131,8 @@ class E3VABackbone(FrozenBackbone):
         (highway,) = self._highway
         with self.frozen_forward(images):
             along = HighwayPass(highway)
-            if self._is_checked:
+            # A trace has no values to compare.
+            if self._is_checked or in_trace():
                 self._run_frozen(images, along, highway.num_heard)
             else:
                 self._run_checked(images, along, highway.num_heard)
@@ -142,7 +143,7 @@ class E3VABackbone(FrozenBackbone):
     def _run_frozen(self, images: Tensor, along: HighwayPass, num_heard: int) -> None:
         ends_early = self.family.has_more or num_heard < len(self.family.stages)
         # It ends by an exception, from which the scopes of a trace do not recover.
-        ends_early = ends_early and not torch.jit.is_tracing()
+        ends_early = ends_early and not in_trace()
         with torch.no_grad(), listen(self.family, along, num_heard, ends_early) as listener:
             returned = self.family.run(images)
             listener.hear_returned(self.family.returned_maps(returned, images))

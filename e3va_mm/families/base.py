@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..highway.highway import Size
-from ..highway.tap_record import records_gradient
+from ..highway.tap_record import in_trace, records_gradient
 
 
 class Block(NamedTuple):
@@ -122,7 +122,8 @@ class Family:
         """The maps in what the backbone has returned; the images themselves, which some pass on, are none."""
         self.returns_one, outputs = isinstance(returned, Tensor), returned
         outputs = [returned] if self.returns_one else list(returned)
-        self.passes_images = outputs[0].shape == images.shape and torch.equal(outputs[0], images)
+        if not in_trace():  # which has no values, and shapes that may be open
+            self.passes_images = outputs[0].shape == images.shape and torch.equal(outputs[0], images)
         return outputs[self.passes_images :]
 
     def show(self, maps: list[Tensor], images: Tensor, training: bool) -> Tensor | tuple[Tensor, ...]:
