@@ -65,9 +65,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
-def parse_checkpoint(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line, with a checkpoint as its last argument: given alone, it stands for its config as well."""
+def parse_checkpoint(parser: argparse.ArgumentParser, target: str | None = None) -> argparse.Namespace:
+    """The command line, with a checkpoint behind the others: without a config, it stands for that as well.
+
+    Args:
+        parser: of what comes before.
+        target: what the last argument is, where that is a file to write: ``args.target``.
+    """
     parser.add_argument('checkpoint', nargs='?', help='checkpoint file; alone, without a config, it brings its own')
+    if target:
+        parser.add_argument('target', help=target)
     # Otherwise flags could not stand between the two.
     args = parser.parse_intermixed_args()
     args.checkpoint = args.checkpoint or args.config
@@ -149,6 +156,17 @@ def resolve_type(registry: Registry, named, scope: str | None = None):
 
 def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def load_model(config: Config, checkpoint: str, device: str):
+    """A model, and the function of its toolbox that applies it to an image path."""
+    if config.default_scope == 'mmseg':
+        from mmseg.apis import inference_model, init_model
+
+        return init_model(config, checkpoint, device), inference_model
+    from mmdet.apis import inference_detector, init_detector
+
+    return init_detector(config, checkpoint, device=device), inference_detector
 
 
 def check_base_weights(model: torch.nn.Module) -> None:

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import mmcv
 import torch
-from mmengine.config import Config
 from mmengine.registry import VISUALIZERS, init_default_scope
 
 import e3va_mm  # noqa: F401  (first: it makes configs that derive from `mmseg::` loadable)
 from e3va_mm.checkpoints.comparison import check_fits
 from e3va_mm.checkpoints.files import read_checkpoint
 from e3va_mm.checks import check_target
-from e3va_mm.launch import add_config_arguments, parse_checkpoint, read_config
+from e3va_mm.launch import add_config_arguments, load_model, parse_checkpoint, read_config
 
 IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -46,17 +45,6 @@ def targets_of(images: list[Path], out_dir: str) -> list[Path]:
     for target in targets:
         check_target('the picture', target, images)
     return targets
-
-
-def load_model(config: Config, checkpoint: str, device: str):
-    """A model, and the function of its toolbox that applies it to an image path."""
-    if config.default_scope == 'mmseg':
-        from mmseg.apis import inference_model, init_model
-
-        return init_model(config, checkpoint, device), inference_model
-    from mmdet.apis import inference_detector, init_detector
-
-    return init_detector(config, checkpoint, device=device), inference_detector
 
 
 def main() -> None:
