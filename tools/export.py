@@ -27,7 +27,7 @@ from e3va_mm.launch import add_config_arguments, load_model, parse_checkpoint, r
 # Of the largest value of an output.
 TOLERANCE = 1e-4
 # Open heights and widths are multiples of it: the largest stride of common backbones.
-MULTIPLE = 32
+MULTIPLE, SMALLEST_EXAMPLE = 32, 512
 
 
 class Deployed(nn.Module):
@@ -151,6 +151,8 @@ def main() -> None:
     image = 255 * torch.rand(1, 3, *args.size)
     outputs = deployed(image)  # The first pass of a highway compares what it hears, which a trace can not.
     names = deployed.output_names(outputs)
+    if args.dynamic:  # On a small example, what is one window or pixel there would be taken for one everywhere.
+        image = 255 * torch.rand(1, 3, *(max(length, SMALLEST_EXAMPLE) for length in args.size))
     to_onnx(deployed, image, names, args.dynamic).save(args.target)
     print(f'{args.target}: {Path(args.target).stat().st_size / 2**20:.2f} MiB, image -> {", ".join(names)}')
     if importlib.util.find_spec('onnxruntime') is None:
