@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import statistics
 import sys
@@ -103,11 +104,11 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def measure(part: str, image: Tensor, rounds: int, engines: list[str]) -> list[dict]:
-    """A row for each variant and engine: all milliseconds, the median, and its ratio to the stock model's."""
+    """A row for each variant and engine: its milliseconds, their median, and that of the rounds' ratios to stock."""
     calls = {}
     with tempfile.TemporaryDirectory() as folder:
         for variant in VARIANTS:
-            model = PARTS[part](build(variant, str(image.device)))
+            model = PARTS[part](build(variant, str(image.device))).eval()
             if 'torch' in engines:
                 calls[variant, 'torch'] = lambda model=model: model(image)
                 model(image)  # The first pass of a highway is checked.
@@ -119,14 +120,13 @@ def measure(part: str, image: Tensor, rounds: int, engines: list[str]) -> list[d
                 milliseconds = timed(call)
                 if number:  # The first round warms up.
                     times[key].append(milliseconds)
-    medians = {key: statistics.median(values) for key, values in times.items()}
     return [
         {
             'part': part,
             'variant': variant,
             'engine': engine,
-            'median_ms': round(medians[variant, engine], 2),
-            'ratio': round(medians[variant, engine] / medians['stock', engine], 3),
+            'median_ms': round(statistics.median(values), 2),
+            'ratio': round(statistics.median(map(operator.truediv, values, times['stock', engine])), 3),
             'ms': [round(value, 2) for value in values],
         }
         for (variant, engine), values in times.items()
