@@ -199,3 +199,12 @@ def test_detectors_of_several_parts_are_refused_by_name():
     tool = runpy.run_path(ROOT / 'tools/export.py')
     with pytest.raises(ValueError, match='FasterRCNN can not be exported, only segmentors and'):
         tool['Deployed'](type('FasterRCNN', (nn.Module,), {})())
+
+
+def test_open_sizes_are_refused_where_windows_are_prepared():
+    tool = runpy.run_path(ROOT / 'tools/export.py')
+    model = nn.Module()
+    model.backbone, deployed = e3va(FAMILIES['hiera_tiny_224']), nn.Module()
+    deployed.model = model
+    with pytest.raises(ValueError, match='--dynamic does not go with HieraFamily'):
+        tool['to_onnx'](deployed, torch.randn(1, 3, *SIZE), [], dynamic=True)

@@ -103,6 +103,10 @@ def to_onnx(deployed: Deployed, image: Tensor, names: list[str], dynamic: bool):
     Raises:
         ValueError: torch can not export the model, or not with open sizes.
     """
+    backbone = deployed.model.backbone
+    if dynamic and isinstance(backbone, FrozenBackbone) and not backbone.family.open_sizes:
+        name = type(backbone.family).__name__
+        raise ValueError(f'--dynamic does not go with {name}, which prepares its windows for one size: give its --size')
     sizes = {2: MULTIPLE * torch.export.Dim('h'), 3: MULTIPLE * torch.export.Dim('w')}
     options = dict(dynamic_shapes=(sizes,)) if dynamic else {}
     try:
@@ -124,14 +128,22 @@ def _stock(model: nn.Module) -> nn.Module:
 
 
 def largest_difference(path: str, deployed: Deployed, sizes: list[tuple[int, int]]) -> float:
-    """Between onnxruntime and torch, over images of noise; relative to the largest value of an output."""
+    """Between onnxruntime and torch, over images of noise; relative to the largest value of an output.
+
+    Raises:
+        ValueError: onnxruntime does not run the graph at one of the sizes.
+    """
     import onnxruntime
 
     session, differences = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider']), []
     for size in sizes:
         image = 255 * torch.rand(1, 3, *size)
         expected = torch.utils._pytree.tree_leaves(deployed(image))
-        for found, output in zip(session.run(None, {'image': image.numpy()}), expected):
+        try:
+            outputs = session.run(None, {'image': image.numpy()})
+        except Exception as error:
+            raise ValueError(f'onnxruntime can not run {path} at {size}: leave --dynamic out ({error})') from error
+        for found, output in zip(outputs, expected):
             differences.append((torch.from_numpy(found) - output).abs().max() / output.abs().max().clamp(min=1e-12))
     return max(map(float, differences))
 

@@ -56,6 +56,7 @@ class Family:
         num_prefix: tokens that are no patches (class, registers), ahead of the others.
         grid: name of the module whose output (B, H, W, C) tells the size of the patches' grid, where blocks do not.
         pools: whether the state crosses to the next stage by :meth:`pool`, once the size there is known.
+        open_sizes: whether an exported graph can leave height and width of the images open.
         has_more: whether the backbone goes on behind the last stage that has an output.
         uncalled: names, or their ends, of layers whose weights are used without calling them: nothing put there acts.
     """
@@ -64,6 +65,7 @@ class Family:
     num_prefix = 0
     grid: str | None = None
     pools = False
+    open_sizes = True
     has_more = False
     uncalled: tuple[str, ...] = ()
     # Whether its maps are in half precision where autocast is: those behind a norm are not.
