@@ -64,6 +64,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'accuracy', pages.format_accuracy, ('small_sets',)),
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),
     ('docs/memory.md', 'fits', pages.format_fits, ('fits',)),
+    ('docs/deployment.md', 'latency', pages.format_latency, ('latency_cpu',)),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),
     ('docs/backbones.md', 'families', _families, ()),
     *(('docs/coverage.md', name, make, ('coverage',)) for name, make in COVERAGE.items()),
