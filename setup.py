@@ -20,18 +20,19 @@ DET = [*ENGINE, 'onedl-mmdetection>=3.5']
 PEFT = ['peft>=0.15']
 TIMM = ['timm>=1.0.20', 'torchvision']
 QUANT = ['torchao>=0.18']  # which wants torch 2.11
+ONNX = ['onnx', 'onnxscript>=0.5', 'onnxruntime']
 PRETRAIN = ['onedl-mmpretrain>=1.3']
 ROTATE = [*DET, 'onedl-mmrotate>=1.2']
 TEST = ['ipykernel', 'nbclient', 'pytest', 'pytest-cov', 'pytest-xdist', 'pyyaml', 'ruff']
 
 # What an installed package has of the clone, in the folder where OpenMMLab's programs look for it.
 MIM = ['model-index.yml', 'configs/*/metafile.yml', 'configs/**/*.py']
-MIM += [f'tools/{name}.py' for name in ('train', 'test', 'infer', 'merge', 'publish_adapter')]
+MIM += [f'tools/{name}.py' for name in ('train', 'test', 'infer', 'export', 'merge', 'publish_adapter')]
 MIM += ['tools/dist_*.sh', 'tools/slurm_*.sh']
 # mim 0.5 takes the first line of the list of installed files for the package. The console commands are in ../../../bin,
 # and so a name that sorts before the dot has to come first: pip sorts.
 MIM_FOLDERS = ('e3va_mm/.mim', '+e3va_mm/.mim')
-COMMANDS = ('train', 'test', 'infer', 'merge', 'publish')
+COMMANDS = ('train', 'test', 'infer', 'export', 'merge', 'publish')
 
 
 class BuildWithMim(build_py):
@@ -81,6 +82,7 @@ setup(
         'timm': TIMM,
         'quant': QUANT,
         'pretrain': PRETRAIN,
+        'onnx': ONNX,
         'rotate': ROTATE,
         'test': TEST,
         'all': sorted({*SEG, *DET, *PEFT, *TIMM, *TEST}),

@@ -77,6 +77,20 @@ def format_fits(fits: Path) -> str:
     return cost_tables.format_fits(rows) + _source(rows, 'fits')
 
 
+def format_latency(latency: Path) -> str:
+    """Milliseconds of an image, and the ratio to the stock model's; a column an engine and part."""
+    found = read(latency)
+    rows = {(row['part'], row['engine'], row['variant']): row for row in found['rows']}
+    columns, variants = ({key[place]: 0 for key in rows} for place in (slice(0, 2), 2))
+    lines = [
+        [variant, *('{median_ms:.0f} ms, × {ratio:.2f}'.format(**rows[(*column, variant)]) for column in columns)]
+        for variant in variants
+    ]
+    titles = ['Swin-T', *(f'{part}, {engine}' for part, engine in columns)]
+    source = f'{found["size"]}², batch 1, {found["threads"]} thread(s) of {found["device"]}, {found["date"]}'
+    return f'{table(titles, lines)}\n\nMeasured at {source}, by `benchmarks/latency.py`; medians.'
+
+
 def demo_cells(row: dict) -> list[str]:
     """A row of the demo's results, under :data:`DEMO`."""
     return [

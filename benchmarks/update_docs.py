@@ -69,6 +69,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),
     ('docs/memory.md', 'fits', pages.format_fits, ('fits',)),
     ('docs/shared.md', 'shared', pages.format_shared, SHARED),
+    ('docs/deployment.md', 'latency', pages.format_latency, ('latency_cpu',)),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),
     ('docs/backbones.md', 'families', _families, ()),
     *(('docs/coverage.md', name, make, ('coverage',)) for name, make in COVERAGE.items()),

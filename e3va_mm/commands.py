@@ -16,5 +16,6 @@ def _run(tool: str) -> None:
 train = partial(_run, 'train')
 test = partial(_run, 'test')
 infer = partial(_run, 'infer')
+export = partial(_run, 'export')
 merge = partial(_run, 'merge')
 publish = partial(_run, 'publish_adapter')

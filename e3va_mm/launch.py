@@ -68,9 +68,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
-def parse_checkpoint(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line, with a checkpoint as its last argument: given alone, it stands for its config as well."""
+def parse_checkpoint(parser: argparse.ArgumentParser, target: str | None = None) -> argparse.Namespace:
+    """The command line, with a checkpoint behind the others: without a config, it stands for that as well.
+
+    Args:
+        parser: of what comes before.
+        target: what the last argument is, where that is a file to write: ``args.target``.
+    """
     parser.add_argument('checkpoint', nargs='?', help='checkpoint file; alone, without a config, it brings its own')
+    if target:
+        parser.add_argument('target', help=target)
     # Otherwise flags could not stand between the two.
     args = parser.parse_intermixed_args()
     args.checkpoint = args.checkpoint or args.config

@@ -131,7 +131,7 @@ def test_a_config_may_derive_from_one_of_the_package(site, tmp_path):
 def test_what_the_wheel_brings(site):
     brought = {str(path.relative_to(site / 'e3va_mm/.mim')) for path in (site / 'e3va_mm/.mim').rglob('*.py')}
     configs = {str(path.relative_to(ROOT)) for path in (ROOT / 'configs').rglob('*.py')}
-    tools = {f'tools/{name}.py' for name in ('train', 'test', 'infer', 'merge', 'publish_adapter')}
+    tools = {f'tools/{name}.py' for name in ('train', 'test', 'infer', 'export', 'merge', 'publish_adapter')}
     assert brought == configs | tools
     (installed,) = metadata.distributions(name='e3va_mm', path=[str(site)])
     assert installed.version == e3va_mm.__version__

@@ -12,7 +12,7 @@ from ..checks import check_options, check_positive, checks_options
 from ..families.base import listen
 from ..families.first_pass import FirstPass
 from ..highway.highway import DeferredPasses, Highway, HighwayPasses, HighwayStage
-from ..highway.tap_record import TapStorage
+from ..highway.tap_record import TapStorage, in_trace
 from ..optim import check_at_first_step
 from .base import FrozenBackbone
 from .freezing import parse_dtype
@@ -155,10 +155,11 @@ class E3VABackbone(FrozenBackbone):
         highways = [highway for wrapper in wrappers for highway in wrapper._highway]
         defers = len(highways) > 1 and not torch.is_grad_enabled()
         along = DeferredPasses(highways) if defers else HighwayPasses(highways)
-        if all(wrapper._is_checked for wrapper in wrappers):
+        # A trace has no values to compare.
+        if in_trace() or all(wrapper._is_checked for wrapper in wrappers):
             self._run_frozen(images, along)
-        else:
-            self._run_checked(images, along)
+            return along
+        self._run_checked(images, along)
         for wrapper in wrappers:
             wrapper._is_checked = True
         return along
@@ -170,7 +171,7 @@ class E3VABackbone(FrozenBackbone):
         num_heard = max(along.num_heard)
         ends_early = self.family.has_more or num_heard < len(self.family.stages)
         # It ends by an exception, from which the scopes of a trace do not recover.
-        ends_early = ends_early and not torch.jit.is_tracing()
+        ends_early = ends_early and not in_trace()
         with torch.no_grad(), listen(self.family, along, num_heard, ends_early) as listener:
             returned = self.family.run(images)
             listener.hear_returned(self.family.returned_maps(returned, images))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..highway.highway import Size
-from ..highway.tap_record import records_gradient
+from ..highway.tap_record import in_trace, records_gradient
 
 
 class Block(NamedTuple):
@@ -56,6 +56,7 @@ class Family:
         num_prefix: tokens that are no patches (class, registers), ahead of the others.
         grid: name of the module whose output (B, H, W, C) tells the size of the patches' grid, where blocks do not.
         pools: whether the state crosses to the next stage by :meth:`pool`, once the size there is known.
+        open_sizes: whether an exported graph can leave height and width of the images open.
         has_more: whether the backbone goes on behind the last stage that has an output.
         uncalled: names, or their ends, of layers whose weights are used without calling them: nothing put there acts.
     """
@@ -64,6 +65,7 @@ class Family:
     num_prefix = 0
     grid: str | None = None
     pools = False
+    open_sizes = True
     has_more = False
     uncalled: tuple[str, ...] = ()
     # Whether its maps are in half precision where autocast is: those behind a norm are not.
@@ -125,7 +127,8 @@ class Family:
         """The maps in what the backbone has returned; the images themselves, which some pass on, are none."""
         self.returns_one, outputs = isinstance(returned, Tensor), returned
         outputs = [returned] if self.returns_one else list(returned)
-        self.passes_images = outputs[0].shape == images.shape and torch.equal(outputs[0], images)
+        if not in_trace():  # which has no values, and shapes that may be open
+            self.passes_images = outputs[0].shape == images.shape and torch.equal(outputs[0], images)
         return outputs[self.passes_images :]
 
     def show(self, maps: list[Tensor], images: Tensor, training: bool) -> Tensor | tuple[Tensor, ...]:

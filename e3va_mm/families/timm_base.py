@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..highway.tap_record import in_trace
 from .base import Block, Family, Stage
 
 
@@ -26,6 +29,8 @@ class TIMMFamily(Family, ABC):
     model_args: dict = {}
     # Modules behind the last stage, which no map needs.
     unused: tuple[str, ...] = ('norm', 'head')
+    # Whether fused attention is called with four dimensions, the only ones that ONNX knows it with.
+    exports_fused = True
 
     def __init__(self, backbone: nn.Module, out_indices: tuple[int, ...]) -> None:
         stages, outputs = self.describe(backbone.model), self.outputs(backbone.model)
@@ -60,9 +65,9 @@ class TIMMFamily(Family, ABC):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Prepared images -> (B, C_s, H_s, W_s) of each stage with an output, before its norm; timm's own forward."""
-        return self.backbone.model.forward_intermediates(
-            images, indices=self.indices, stop_early=True, intermediates_only=True
-        )
+        model = self.backbone.model
+        with contextlib.nullcontext() if self.exports_fused or not in_trace() else plain_attention(model):
+            return model.forward_intermediates(images, indices=self.indices, stop_early=True, intermediates_only=True)
 
     def convert(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights in the names of a published file -> in timm's; by timm's own converter, where the family has one."""
@@ -98,6 +103,19 @@ def uncalled_qkv(attention: nn.Module) -> tuple[str, ...]:
     """Some of timm's attentions add biases to ``qkv`` themselves, and only read its weight."""
     adds_bias_itself = getattr(attention, 'q_bias', None) is not None and not attention.qkv_bias_separate
     return ('qkv',) if adds_bias_itself else ()
+
+
+@contextlib.contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """While this lasts, a model's attention is products and a softmax."""
+    fused = [module for module in model.modules() if getattr(module, 'fused_attn', False)]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def pad_to(images: Tensor, multiple: int) -> Tensor:

@@ -27,6 +27,7 @@ class HieraFamily(TIMMFamily):
 
     layout = 'NLC'
     unused = ('head',)
+    exports_fused = open_sizes = False
 
     def __init__(self, backbone: nn.Module, out_indices: tuple[int, ...]) -> None:
         super().__init__(backbone, out_indices)

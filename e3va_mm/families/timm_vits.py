@@ -77,6 +77,7 @@ class SAMFamily(ViTFamily):
     layout = 'NHWC'
     model_args = {}
     unused = ('neck', 'head')
+    exports_fused = open_sizes = False
 
     def tap(self, stage: int, output: Tensor, grid: Size | None) -> tuple[Tensor, Size | None]:
         """Attention's output is in windows, one behind the other in the batch."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..highway.tap_record import in_trace
 from .base import Size
 
 # What the stock module adds to the scores of tokens that the shift has brought together.
@@ -72,16 +73,20 @@ def _groups(counts: list[int], batch: int) -> tuple[tuple[int, int, int], ...]:
 
 def window_bias(w_msa: nn.Module, shift: int, dtype: torch.dtype) -> Tensor:
     """Position bias plus mask for each kind of window, (1 or 4, heads, n, n)."""
-    height, width = w_msa.window_size
-    tokens = height * width
-    bias = w_msa.relative_position_bias_table[w_msa.relative_position_index.flatten()]
-    bias = bias.view(1, tokens, tokens, -1).permute(0, 3, 1, 2)
-    if shift:
-        bias = bias + _shift_masks(height, shift, bias.device).unsqueeze(1)
+    bias = _exact_bias(w_msa, shift)
+    tokens = bias.shape[-1]
     # Fused kernels read rows of 16 bytes: the storage is padded, the shape is not.
     aligned = bias.new_zeros(*bias.shape[:-1], -(-tokens // 8) * 8, dtype=dtype)
     aligned[..., :tokens] = bias
     return aligned[..., :tokens]
+
+
+def _exact_bias(w_msa: nn.Module, shift: int) -> Tensor:
+    height, width = w_msa.window_size
+    tokens = height * width
+    bias = w_msa.relative_position_bias_table[w_msa.relative_position_index.flatten()]
+    bias = bias.view(1, tokens, tokens, -1).permute(0, 3, 1, 2)
+    return bias + _shift_masks(height, shift, bias.device).unsqueeze(1) if shift else bias
 
 
 def _shift_masks(window: int, shift: int, device: torch.device) -> Tensor:
@@ -106,6 +111,8 @@ class FusedWindowAttention:
 
     def __call__(self, query: Tensor, hw_shape: Size) -> Tensor:
         """Normalised tokens (B, H * W, C) -> the same shape, in the dtype of ``proj``'s output."""
+        if in_trace():
+            return self._traceable(query, hw_shape)
         # What is kept must serve training too, and tensors made in inference mode do not.
         with torch.inference_mode(False):
             layout, bias = self._layout(query, tuple(hw_shape)), self._bias(query)
@@ -114,6 +121,25 @@ class FusedWindowAttention:
     def forget(self) -> None:
         """Frees the bias until the next call."""
         self._prepared = None
+
+    def _traceable(self, query: Tensor, size: Size) -> Tensor:
+        """The same of what every trace knows and counts, with height and width open; it keeps nothing."""
+        w_msa, window, shift = self.attention.w_msa, self.attention.window_size, self.attention.shift_size
+        (height, width), (batch, _, dims) = size, query.shape
+        # ONNX divides negative integers towards zero.
+        rows, columns = (height + window - 1) // window, (width + window - 1) // window
+        grid = F.pad(query.unflatten(1, size), (0, 0, 0, columns * window - width, 0, rows * window - height))
+        grid = grid.roll((-shift, -shift), (1, 2)).view(batch, rows, window, columns, window, dims)
+        qkv = w_msa.qkv(grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, window**2, dims))
+        q, k, v = qkv.unflatten(2, (3, w_msa.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = _exact_bias(w_msa, shift).to(q.dtype)
+        if shift:
+            last_row, last_column = (torch.arange(number, device=q.device) == number - 1 for number in (rows, columns))
+            bias = bias[(2 * last_row.long()[:, None] + last_column.long()).flatten()].repeat(batch, 1, 1, 1)
+        attended = (q * w_msa.scale @ k.mT + bias).softmax(-1) @ v
+        tokens = w_msa.proj(attended.transpose(1, 2).flatten(2)).view(batch, rows, columns, window, window, dims)
+        grid = tokens.transpose(2, 3).reshape(batch, rows * window, columns * window, dims).roll((shift, shift), (1, 2))
+        return grid[:, :height, :width].reshape(batch, -1, dims)
 
     def _layout(self, query: Tensor, size: Size) -> WindowLayout:
         attention = self.attention

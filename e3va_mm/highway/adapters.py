@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tap_record import TapRecord, decompress, records_gradient
+from .tap_record import TapRecord, decompress, in_trace, records_gradient
 
 # Adapters evaluated together; bounds the transient hidden activations (group x tokens x hidden) of a stage.
 _GROUP_BYTES = 128 * 2**20
@@ -83,7 +83,7 @@ def stage_delta(record: TapRecord, weights: AdapterWeights) -> Tensor:
         raise RuntimeError('the taps were recorded under no_grad, so the gradient of the adapters is not to be had')
     shape = (*record.shape[:-1], weights.bottleneck.up_bias.shape[-1])
     if not records_gradient():
-        return expand_ranks(record.reduced, weights.bottleneck)[0].view(shape)
+        return expand_ranks(record.images(), weights.bottleneck)[0].view(shape)
     reduced = TapReduction.apply(record.reduced, record.kept, record.scales, record.sample, weights.down_in)
     return RankExpansion.apply(reduced, *weights.bottleneck).view(shape)
 
@@ -127,16 +127,26 @@ def _sampled(grad_reduced: Tensor, sample: Tensor | None) -> Tensor:
     return grad_reduced.index_select(1, sample) * (grad_reduced.shape[1] / len(sample))
 
 
-def expand_ranks(reduced: Tensor, weights: BottleneckWeights) -> tuple[Tensor, Tensor, BottleneckWeights]:
-    """Rank-space images (N, M, W) to the sum of the deltas (M, C); with it the dense core and the weights as cast."""
+def expand_ranks(reduced: Tensor, weights: BottleneckWeights) -> tuple[Tensor, BottleneckWeights]:
+    """Rank-space images (N, M, W) to the sum of the deltas (M, C), with the weights as cast.
+
+    The cores are multiplied into the matrices beside them first, which costs nothing beside a product over the tokens.
+    """
     with torch.autocast(reduced.device.type, enabled=False):
         cast = weights.to(reduced.dtype)
-        core = _block_diagonal(cast.core)
+        branches, rank = cast.core.shape[1:3]
+        down = (cast.core @ cast.down_out.unflatten(1, (branches, rank))).flatten(1, 2)
+        up = (cast.up_in.unflatten(2, (branches, rank)).transpose(1, 2) @ cast.core).transpose(1, 2).flatten(2)
         delta = cast.up_bias.sum(0).expand(reduced.shape[1], -1)
-        for group in _groups(reduced, cast.down_out.shape[-1]):
-            *_, expanded = _expand(reduced[group], core[group], cast.select(group))
-            delta = torch.addmm(delta, _side_by_side(expanded), cast.up_out[group].flatten(0, 1))
-    return delta, core, cast
+        for group in _groups(reduced, down.shape[-1]):
+            hidden = _affine(reduced[group], down[group], cast.down_bias[group].unsqueeze(1))
+            delta = torch.addmm(delta, _side_by_side(F.gelu(hidden) @ up[group]), cast.up_out[group].flatten(0, 1))
+    return delta, cast
+
+
+def _affine(left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+    # What counts operations in a trace does not know baddbmm.
+    return left @ right + bias if in_trace() else torch.baddbmm(bias, left, right)
 
 
 class RankExpansion(torch.autograd.Function):
@@ -149,16 +159,17 @@ class RankExpansion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reduced, *fields):
         weights = BottleneckWeights(*fields)
-        delta, core, cast = expand_ranks(reduced, weights)
+        delta, cast = expand_ranks(reduced, weights)
         ctx.weight_dtype = weights.core.dtype
-        ctx.save_for_backward(reduced, core, *cast)
+        ctx.save_for_backward(reduced, *cast)
         return delta
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        reduced, core, *fields = ctx.saved_tensors
+        reduced, *fields = ctx.saved_tensors
         weights = BottleneckWeights(*fields)
+        core = _block_diagonal(weights.core)
         grad, grad_reduced = grad.to(reduced.dtype), torch.empty_like(reduced)
         grads = BottleneckWeights(*(torch.empty_like(weight, dtype=ctx.weight_dtype) for weight in weights))
         with torch.autocast(grad.device.type, enabled=False):
@@ -214,6 +225,8 @@ def _token_sum(left: Tensor, right: Tensor) -> Tensor:
 def _groups(stacked: Tensor, width: int | None = None) -> list[slice]:
     """Slices of the adapters of (N, M, any) such that those of one, at ``width`` values a token, are not too large."""
     num_adapters, num_tokens, own_width = stacked.shape
+    if in_trace():  # The number of tokens may be open.
+        return [slice(None)]
     adapter_bytes = max(1, num_tokens * (width or own_width) * max(2, stacked.element_size()))
     size = max(1, _GROUP_BYTES // adapter_bytes)
     return [slice(start, start + size) for start in range(0, num_adapters, size)]

@@ -52,6 +52,7 @@ class TapRecord:
         self.num_taps, self.shape = 0, None
         self.reduced = self.kept = self.scales = self.sample = None
         self.down_in, self._storage = down_in, storage
+        self._traced: list[Tensor] = []
         # Decided here, since taps arrive from a frozen forward without gradient.
         self._keeps_taps = records_gradient() and down_in.requires_grad
 
@@ -70,12 +71,11 @@ class TapRecord:
             )
         tokens = tap.reshape(-1, tap.shape[-1])
         with torch.no_grad(), torch.autocast(tap.device.type, enabled=False):
-            image, basis = self.reduced[self.num_taps], self._basis[self.num_taps]
-            # What counts operations in a trace knows products of two arguments.
-            if torch.jit.is_tracing():
-                image.copy_(tokens @ basis)
+            basis = self._basis[self.num_taps]
+            if in_trace():
+                self._traced.append(tokens @ basis)
             else:
-                torch.mm(tokens, basis, out=image)
+                torch.mm(tokens, basis, out=self.reduced[self.num_taps])
             if self.kept is not None:
                 self._keep(tokens)
         self.num_taps += 1
@@ -84,11 +84,17 @@ class TapRecord:
         """Ends the filling."""
         self.down_in = self._basis = None
 
+    def images(self) -> Tensor:
+        """``z P`` of all taps, (N, M, W): in a trace they are put together here, since it knows no writing in place."""
+        return torch.stack(self._traced) if self._traced else self.reduced
+
     def _allocate(self, tap: Tensor) -> None:
         num_adapters, dims, width = self.down_in.shape
-        num_tokens = tap.shape[:-1].numel()
         self.shape = tap.shape
         self._basis = self.down_in.detach().to(tap.dtype)
+        if in_trace():
+            return
+        num_tokens = tap.shape[:-1].numel()
         self.reduced = tap.new_empty(num_adapters, num_tokens, width)
         if not self._keeps_taps:
             return
@@ -139,9 +145,15 @@ class JointRecord:
         record.num_taps, record.shape = self._joint.num_taps, self._joint.shape
 
 
+def in_trace() -> bool:
+    """Whether operations are recorded to be run elsewhere: ``torch.jit.trace``, or ``torch.export`` and so ONNX."""
+    is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # new in torch 2.7
+    return torch.jit.is_tracing() or is_exporting()
+
+
 def records_gradient() -> bool:
     """Whether a gradient may be asked for; not of a trace, which is for inference and knows no autograd functions."""
-    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not in_trace()
 
 
 def stored_dtype(dtype: torch.dtype, limit: torch.dtype | None) -> torch.dtype:
