@@ -35,7 +35,9 @@ BACKBONES = {
     'found': dict(type='mmdet.MobileNetV2', out_indices=(1, 2)),
     **{name: FAMILIES[name] for name in LISTED},
 }
-every_listed = pytest.mark.parametrize('backbone', BACKBONES.values(), ids=BACKBONES)
+every_listed = pytest.mark.parametrize('name', BACKBONES)
+# Whose way to ONNX has something of its own; the others are torch.export's operators, and ONNX takes long.
+OWN_WAY = ('mm Swin', 'ResNet', 'vit_tiny_patch16_224', 'samvit_base_patch16', 'hiera_tiny_224')
 # Those of which heights and widths may stay open are tried with one that needs most care.
 SIZE, OTHER = (64, 96), (96, 64)
 
@@ -71,13 +73,15 @@ def assert_near(found, expected) -> None:
 
 @every_listed
 @torch.no_grad()
-def test_families_are_exported(backbone, tmp_path):
+def test_families_are_exported(name, tmp_path):
     """By ``torch.export``, and from there to ONNX; another image than the traced one gives what the model gives."""
-    model, image = trained(backbone), torch.randn(1, 3, *SIZE)
+    model, image = trained(BACKBONES[name]), torch.randn(1, 3, *SIZE)
     expected = model(image)
     program = torch.export.export(model, (torch.randn(1, 3, *SIZE),), strict=False)
     assert_near(program.module()(image), expected)
     assert_close(model(image), expected, rtol=0, atol=0)  # It has left nothing behind in the model.
+    if name not in OWN_WAY:
+        return
     pytest.importorskip('onnxscript')
     onnx = torch.onnx.export(program, dynamo=True, input_names=['image'], verbose=False)
     assert_near(onnx_maps(onnx, tmp_path / 'maps.onnx', image)[0], expected)
@@ -86,8 +90,8 @@ def test_families_are_exported(backbone, tmp_path):
 @every_listed
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
 @torch.no_grad()
-def test_families_are_traced(backbone):
-    model = trained(backbone)
+def test_families_are_traced(name):
+    model = trained(BACKBONES[name])
     traced = torch.jit.trace(model, torch.randn(1, 3, *SIZE), check_trace=False)
     image = torch.randn(1, 3, *SIZE)
     assert_near(traced(image), model(image))
