@@ -197,11 +197,11 @@ def test_trains_after_a_forward_without_gradient(mode):
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
 @torch.no_grad()
 def test_can_be_traced_and_its_operations_counted(options):
-    """By what knows no autograd functions."""
+    """By what knows no autograd functions, nor fused attention: sums are in another order."""
     model, images = stir(e3va(**options)).eval(), torch.randn(1, 3, 64, 64)
     expected = model(images)
     traced = torch.jit.trace(model, images, check_trace=False)
-    assert all(map(torch.equal, traced(images), expected))
+    torch.testing.assert_close(traced(images), expected, rtol=0, atol=1e-5)
     assert get_model_complexity_info(model, (3, 64, 64))['flops'] > 1e6
 
 
