@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -91,8 +92,8 @@ class SharedInferencer:
         return name
 
     def _free_name(self, name: str) -> str:
-        taken = [other for other in self.tasks if other.rpartition('-')[0] == name or other == name]
-        return f'{name}-{len(taken) + 1}' if taken else name
+        numbered = itertools.chain([name], (f'{name}-{number}' for number in itertools.count(2)))
+        return next(each for each in numbered if each not in self.tasks)
 
     def remove(self, name: str) -> None:
         """Frees a model, but for the base, which is that of the others.

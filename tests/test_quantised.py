@@ -11,6 +11,7 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import MODELS
 from torch import nn
 
+from e3va_mm.backbones.shared_pass import SharedPass
 from e3va_mm.hooks.report import count_parameters
 
 TYPES = ('int8', 'float8', 'nf4')
@@ -305,3 +306,19 @@ def test_on_cuda(frozen_dtype):
         outputs = stir(model.cuda())(images().cuda())
     sum(output.float().square().sum() for output in outputs).backward()
     assert all(each.grad.isfinite().all() for each in model.parameters() if each.requires_grad)
+
+
+@needs_torchao
+def test_highways_share_a_quantised_base(wide_weights):
+    kinds = ('int8', 8), ('int8', 4), ('nf4', 8)
+    one, two, other = (stir(pretrained(wide_weights, dtype, adapter=dict(rank=rank))).eval() for dtype, rank in kinds)
+    expected, shared = two(images()), SharedPass('cpu')
+    shared.join('one', one)
+    shared.join('two', two)
+    assert all(layer.weight is linears(one)[name].weight for name, layer in linears(two).items())
+    with shared.one_image(), torch.no_grad():
+        maps = [model(images()) for model in (one, two)]
+    assert error(maps[1], expected) < 1e-2 and error(maps[0], expected) > 0.1
+    assert error(two(images()), expected) == 0  # and by itself
+    with pytest.raises(ValueError, match="of 'other' is not that of 'one': frozen_dtype is nf4, not int8"):
+        shared.join('other', other)

@@ -146,6 +146,7 @@ def test_models_come_and_go(tasks, image, tmp_path):
     assert [*samples] == ['adapter', 'parts-2'] and passes == ['adapter']
     assert_same(samples['adapter'], alone(tasks['things'], image))
     assert_same(samples['parts-2'], alone(tasks['parts'], image))
+    assert [infer.add(*tasks['parts']), infer.add(*tasks['parts'])] == ['parts', 'parts-3']
 
 
 def test_a_removed_model_works_by_itself(tasks, image):

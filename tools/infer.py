@@ -61,21 +61,12 @@ def targets_of(images: list[Path], out_dir: str | Path) -> list[Path]:
     return targets
 
 
-def names_of(models: list[list[str]]) -> list[str]:
-    """Of models that share a pass: those of their files, with numbers where these are the same."""
-    stems = [Path(config).stem for config, *_ in models]
-    return [
-        stem if stems.count(stem) == 1 else f'{stem}-{stems[: place + 1].count(stem)}'
-        for place, stem in enumerate(stems)
-    ]
-
-
-def open_models(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, tuple[Config, nn.Module]], Callable]:
+def open_models(args: argparse.Namespace) -> tuple[dict[str, tuple[Config, nn.Module]], Callable]:
     """The models by their names, and what applies them to the path of an image: samples by these names."""
     if args.model:
         infer = SharedInferencer(device=args.device)
-        for name, (config, *checkpoint) in zip(names, args.model):
-            infer.add(read_config(config, args.cfg_options, args.tune), *(checkpoint or [config]), name=name)
+        for config, *checkpoint in args.model:
+            infer.add(read_config(config, args.cfg_options, args.tune), *(checkpoint or [config]))
         return {name: (task.config, task.model) for name, task in infer.tasks.items()}, infer
     config = read_config(args.config, args.cfg_options, args.tune)
     init_default_scope(config.default_scope)
@@ -95,15 +86,14 @@ def build_visualizer(name: str, config: Config, model: nn.Module) -> Callable:
 def main() -> None:
     args = parse_args()
     images = find_images(args.image)
-    names = names_of(args.model) if args.model else ['']
-    targets = {name: targets_of(images, Path(args.out_dir, name)) for name in names}
-    models, infer = open_models(args, names)
+    models, infer = open_models(args)
+    targets = {name: targets_of(images, Path(args.out_dir, name)) for name in models}
     visualizers = {name: build_visualizer(name, *model) for name, model in models.items()}
     for index, path in enumerate(images):
+        image = mmcv.imread(path, channel_order='rgb')
         for name, sample in infer(str(path)).items():
             is_segmentor, target = models[name][0].default_scope == 'mmseg', targets[name][index]
             options = {'with_labels': False} if is_segmentor else {'pred_score_thr': args.score_thr}
-            image = mmcv.imread(path, channel_order='rgb')
             visualizers[name](path.name, image, data_sample=sample, draw_gt=False, out_file=str(target), **options)
             print(target)
 

@@ -2,6 +2,7 @@
 """Turns a checkpoint into a small safetensors file with its config and base fingerprint, or such a file back."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from e3va_mm.checkpoints.files import publish, unpublish
@@ -15,12 +16,13 @@ def main() -> None:
     parser.add_argument('--half', action='store_true', help='half the size: matrices in fp16')
     args = parser.parse_args()
     suffixes = (Path(args.source).suffix, Path(args.target).suffix)
-    directions = {('.pth', '.safetensors'): publish, ('.safetensors', '.pth'): unpublish}
+    directions = {('.pth', '.safetensors'): partial(publish, half=args.half), ('.safetensors', '.pth'): unpublish}
     if suffixes not in directions:
         raise ValueError(f'{args.source} -> {args.target}: give .pth and .safetensors, or .safetensors and .pth')
+    if args.half and suffixes[1] != '.safetensors':
+        raise ValueError(f'--half is for a .safetensors target, {args.target} would be as its source is')
     check_target('target', args.target, [args.source])
-    options = {'half': True} if args.half and suffixes[0] == '.pth' else {}
-    directions[suffixes](args.source, args.target, **options)
+    directions[suffixes](args.source, args.target)
     print(f'{args.target}: {Path(args.target).stat().st_size / 2**20:.2f} MiB')
 
 

@@ -62,15 +62,12 @@ class FrozenModule(BaseModule):
 
         Freezing belongs to construction: optimizers with ``paramwise_cfg`` are built before weights are loaded.
         """
-        self._trained_base, self._trained, self._frozen = set(trained), [], []
+        self._trained_base = set(trained)
         self._base_names = list(self._frozen_tensors())
         if self._quantised_dtype:
             uncalled = self.family.uncalled
             self._quantised = QuantisedLinears(self._quantised_dtype, self.backbone, set(self._base_names), uncalled)
-        for name, parameter in self.named_parameters():
-            path, _, base_name = name.partition('.')
-            is_frozen = path == 'backbone' and base_name not in trained
-            (self._frozen if is_frozen else self._trained).append(parameter.requires_grad_(not is_frozen))
+        self.list_parameters()
         # timm's, which have the activation in them.
         self._own_norms = {
             name: type(module)
@@ -82,6 +79,14 @@ class FrozenModule(BaseModule):
         self.hold_freeze()
         if self.frozen_dtype:
             self._reduce_matrices()
+
+    def list_parameters(self) -> None:
+        """Keeps which of its parameters are trained, and which not: anew, where others have taken their places."""
+        self._trained, self._frozen = [], []
+        for name, parameter in self.named_parameters():
+            path, _, base_name = name.partition('.')
+            is_frozen = path == 'backbone' and base_name not in self._trained_base
+            (self._frozen if is_frozen else self._trained).append(parameter.requires_grad_(not is_frozen))
 
     def hold_freeze(self) -> None:
         """Sets what is trained, and the modes of the base, as :meth:`freeze_base` has it, whatever changed them since.

@@ -139,6 +139,13 @@ class QuantisedLinears:
                 device = convert(torch.empty(0, dtype=torch.bfloat16, device=layer.weight.device)).device
                 layer.__dict__['weight'] = layer.weight.to(device)
 
+    def take(self, backbone: nn.Module, other: nn.Module) -> None:
+        """Puts the weights of ``other``, as far as it has these layers, in the place of those of ``backbone``."""
+        theirs = dict(other.named_modules())
+        for path, layer in self._in(backbone).items():
+            if path in theirs:
+                layer.__dict__['weight'] = theirs[path].weight
+
     def shared(self, backbone: nn.Module) -> dict[int, Tensor]:
         """Memo of a deep copy that has the same weights: nothing writes to them, and torchao would round NF4 again."""
         return {id(layer.weight): layer.weight for layer in self._in(backbone).values()}

@@ -136,8 +136,9 @@ def _check_same_images(shared: _Pass, name: str, images: Tensor) -> None:
 
 def base_difference(one: E3VABackbone, other: E3VABackbone) -> str:
     """In words, how two frozen bases differ in weights, precision, or where highways listen; '' where they do not."""
-    if one.frozen_dtype != other.frozen_dtype:
-        return f'frozen_dtype is {other.frozen_dtype}, not {one.frozen_dtype}'
+    dtype, others = (each._quantised_dtype or each.frozen_dtype for each in (one, other))
+    if dtype != others:
+        return f'frozen_dtype is {others}, not {dtype}'
     if type(one.family) is not type(other.family) or not _listen_alike(one.family.stages, other.family.stages):
         return f'a {type(other.backbone).__name__} with other blocks than that {type(one.backbone).__name__}'
     hashes, others = _hashes(one), _hashes(other)
@@ -162,7 +163,7 @@ def _listen_alike(stages: list[Stage], others: list[Stage]) -> bool:
 
 
 def _hashes(wrapper: E3VABackbone) -> dict[str, int]:
-    return dict(zip(wrapper._frozen_tensors(), wrapper.base_fingerprint().tolist()))
+    return dict(zip(wrapper._base_names, wrapper.base_fingerprint().tolist()))
 
 
 def _state(module: nn.Module) -> list[int]:
@@ -177,8 +178,9 @@ def _share_tensors(leader: E3VABackbone, wrapper: E3VABackbone) -> None:
         module = wrapper.backbone.get_submodule(path)
         tensors = module._parameters if isinstance(theirs[name], nn.Parameter) else module._buffers
         tensors[leaf] = theirs[name]
-    # It has lists of what is frozen.
-    wrapper.freeze_base(wrapper._trained_base)
+    if wrapper._quantised:
+        wrapper._quantised.take(wrapper.backbone, leader.backbone)
+    wrapper.list_parameters()
 
 
 @torch.no_grad()
