@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..checks import check_options, check_positive, checks_options
 from ..families.base import listen
 from ..families.first_pass import FirstPass
-from ..highway.highway import DeferredPasses, Highway, HighwayPasses, HighwayStage
+from ..highway.highway import Highway, HighwayStage
+from ..highway.several import DeferredPasses, HighwayPasses
 from ..highway.tap_record import TapStorage, in_trace
 from ..optim import check_at_first_step
 from .base import FrozenBackbone

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checkpoints.fingerprint import fingerprint, named_tensors
 from ..families.base import Stage
 from ..families.discovered import input_channels, probe_sizes
-from ..highway.highway import DeferredPasses, HighwayPasses
+from ..highway.several import DeferredPasses, HighwayPasses
 from .base import FrozenBackbone
 from .e3va import E3VABackbone
 from .tuned import TunedBackbone

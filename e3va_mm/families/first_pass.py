@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..highway.highway import DeferredPasses, HighwayPasses, normed_map
+from ..highway.highway import normed_map
+from ..highway.several import DeferredPasses, HighwayPasses
 from .base import Family, Size
 
 

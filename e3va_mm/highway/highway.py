@@ -12,12 +12,13 @@ In the last stages the state may run through the backbone's blocks itself, an ex
 
     h <- mix_b(block_b(h)) for each block b
 
-The frozen pass tells what it comes by, in its order: a :class:`HighwayPass` hears it, and works at once. Of several
-tasks beside one backbone each has its own, and one frozen pass tells all of them.
+The frozen pass tells what it comes by, in its order: a :class:`HighwayPass` hears it, and works at once; several may
+hear one, see :mod:`.several`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from .mixer import MixerWeights, StateMixer, mix, mixer_weights
 from .recomputed import recomputed
 from .stage_adapters import StageAdapters
-from .tap_record import JointRecord, TapRecord
+from .tap_record import TapRecord
 
 Size = tuple[int, int]
 
@@ -123,10 +124,10 @@ class HighwayPass:
             self._open_record(stage, size)
         self.records[stage].add(tokens)
 
-    def take_record(self, stage: int, joint: JointRecord, size: Size | None) -> None:
-        """In place of all taps of a stage: a record of them."""
+    def take_record(self, stage: int, fill: Callable[[TapRecord], None], size: Size | None) -> None:
+        """In place of all taps of a stage: what fills a record of them."""
         self._open_record(stage, size)
-        joint.fill(self.records[stage])
+        fill(self.records[stage])
 
     def _open_record(self, stage: int, size: Size | None) -> None:
         with torch.set_grad_enabled(self.with_grad):
@@ -228,73 +229,6 @@ class HighwayPass:
         if output is not None:
             self.maps.append(output)
         return behind, sizes[0]
-
-
-class HighwayPasses:
-    """Several highways that go along the same frozen pass, each as far as it listens."""
-
-    def __init__(self, highways: list[Highway]) -> None:
-        self.passes = [HighwayPass(highway) for highway in highways]
-        self.num_heard = [highway.num_heard for highway in highways]
-
-    def tap(self, stage: int, tokens: Tensor, size: Size | None) -> None:
-        for each in self._hearing(stage):
-            each.tap(stage, tokens, size)
-
-    def level(self, stage: int, tokens: Tensor, size: Size) -> None:
-        for each in self._hearing(stage):
-            each.level(stage, tokens, size)
-
-    def start(self, stage: int, tokens: Tensor) -> None:
-        for each in self._hearing(stage):
-            each.start(stage, tokens)
-
-    def _hearing(self, stage: int) -> list[HighwayPass]:
-        return [each for each, num_heard in zip(self.passes, self.num_heard) if stage < num_heard]
-
-    def finish(self, place: int) -> tuple[Tensor, ...]:
-        """What :meth:`HighwayPass.finish` returns for one of the highways."""
-        return self.passes[place].finish()
-
-
-class DeferredPasses:
-    """The same where no gradient is asked for: what is heard is kept, and each highway goes along at its finish.
-
-    So the maps of one highway at a time are in memory. What is kept are the ends and starts of stages, which are the
-    same for all, and the taps in rank space, to which one product a tap reduces them for all.
-    """
-
-    def __init__(self, highways: list[Highway]) -> None:
-        self.highways = highways
-        self.num_heard = [highway.num_heard for highway in highways]
-        self.records: dict[int, JointRecord] = {}
-        # Calls of a HighwayPass, in their order: its method, the stage, and further arguments.
-        self.heard: list[tuple] = []
-
-    def tap(self, stage: int, tokens: Tensor, size: Size | None) -> None:
-        if stage not in self.records:
-            stages = [each.stages[stage] for each in self.highways if stage < each.num_heard]
-            self.records[stage] = JointRecord([each.adapters.down_in for each in stages])
-            self.heard.append((HighwayPass.take_record, stage, self.records[stage], size))
-        self.records[stage].add(tokens)
-
-    def level(self, stage: int, tokens: Tensor, size: Size) -> None:
-        if stage in self.records:
-            self.records[stage].close()
-        # Copied, because in-place activations come next in many networks.
-        self.heard.append((HighwayPass.level, stage, tokens.clone(), size))
-
-    def start(self, stage: int, tokens: Tensor) -> None:
-        self.heard.append((HighwayPass.start, stage, tokens.clone()))
-
-    @torch.no_grad()
-    def finish(self, place: int) -> tuple[Tensor, ...]:
-        """See :meth:`HighwayPasses.finish`."""
-        along = HighwayPass(self.highways[place])
-        for call, stage, *args in self.heard:
-            if stage < self.num_heard[place]:
-                call(along, stage, *args)
-        return along.finish()
 
 
 def normed_map(norm: nn.Module, tokens: Tensor, size: Size) -> Tensor:

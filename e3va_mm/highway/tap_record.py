@@ -7,7 +7,6 @@ compressed and dropped before the next one exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,34 +114,6 @@ class TapRecord:
             return
         scale = self.scales[self.num_taps].copy_(float8_scale(tokens, kept.dtype))
         torch.div(tokens, scale, out=kept)
-
-
-class JointRecord:
-    """The same taps for several highways, none of which asks for a gradient: one product a tap serves all.
-
-    Args:
-        down_ins: ``P`` of each highway's adapters in the stage, (N, C, W); widths may differ.
-    """
-
-    def __init__(self, down_ins: Sequence[Tensor]) -> None:
-        self._down_ins = down_ins
-        self._joint: TapRecord | None = None
-
-    def add(self, tap: Tensor) -> None:
-        """See :meth:`TapRecord.add`."""
-        if self._joint is None:
-            self._joint = TapRecord(torch.cat([down_in.detach() for down_in in self._down_ins], 2).to(tap.dtype))
-        self._joint.add(tap)
-
-    def close(self) -> None:
-        """Frees what only :meth:`add` needs."""
-        self._joint.free_basis()
-
-    def fill(self, record: TapRecord) -> None:
-        """Gives the record of one of the highways its part, once all taps are there."""
-        parts = self._joint.reduced.split([down_in.shape[2] for down_in in self._down_ins], 2)
-        record.reduced = next(part for part, own in zip(parts, self._down_ins) if own is record.down_in)
-        record.num_taps, record.shape = self._joint.num_taps, self._joint.shape
 
 
 def in_trace() -> bool:
