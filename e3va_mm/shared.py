@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ class SharedInferencer:
         """
         if not isinstance(config, Config):
             config, checkpoint = open_config(str(config)), checkpoint or config
-        name = name or self._free_name(Path(config.filename or 'task').stem)
+        name = name or free_name(Path(config.filename or 'task').stem, self.tasks)
         if name in self.tasks:
             raise ValueError(f'there is a task {name!r} already: remove it before, or choose another name')
         given = {is_array: copy.deepcopy(config) for is_array in (False, True)}
@@ -90,10 +90,6 @@ class SharedInferencer:
         self._shared.join(name, model)
         self.tasks[name] = Task(model, config, infer, given)
         return name
-
-    def _free_name(self, name: str) -> str:
-        numbered = itertools.chain([name], (f'{name}-{number}' for number in itertools.count(2)))
-        return next(each for each in numbered if each not in self.tasks)
 
     def remove(self, name: str) -> None:
         """Frees a model, but for the base, which is that of the others.
@@ -129,6 +125,12 @@ class SharedInferencer:
         except InputMismatchError as error:
             other = self.tasks[error.other].config
             raise InputMismatchError(f'{error}. {_differing_settings(task.config, other)}', error.other) from None
+
+
+def free_name(name: str, taken: Container[str]) -> str:
+    """The name, with a number where it is taken."""
+    numbered = itertools.chain([name], (f'{name}-{number}' for number in itertools.count(2)))
+    return next(each for each in numbered if each not in taken)
 
 
 def _differing_settings(config: Config, other: Config) -> str:

@@ -107,6 +107,8 @@ def test_publish_and_test_again(trained_seg, seg_config, tmp_path):
     tool('tools/publish_adapter.py', work_dir / 'iter_4.pth', tmp_path / 'adapter.safetensors')
     tested = tool('tools/test.py', seg_config, tmp_path / 'adapter.safetensors', '--work-dir', tmp_path / 'test')
     assert metric(tested, 'mIoU') == metric(log, 'mIoU')
+    back = tmp_path / 'adapter.safetensors', tmp_path / 'back.pth', '--half'
+    assert '--half is for a .safetensors target' in tool('tools/publish_adapter.py', *back, ok=False)
 
 
 @pytest.mark.parametrize('sent', [signal.SIGKILL, signal.SIGINT])

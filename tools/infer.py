@@ -14,6 +14,7 @@ from torch import nn
 from e3va_mm import SharedInferencer  # first: the package makes configs that derive from `mmseg::` loadable
 from e3va_mm.checks import check_target
 from e3va_mm.launch import add_config_arguments, load_model, parse_checkpoint, read_config
+from e3va_mm.shared import free_name
 
 IMAGES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -61,12 +62,20 @@ def targets_of(images: list[Path], out_dir: str | Path) -> list[Path]:
     return targets
 
 
-def open_models(args: argparse.Namespace) -> tuple[dict[str, tuple[Config, nn.Module]], Callable]:
+def names_of(models: list[list[str]]) -> list[str]:
+    """Of models that share a pass: as their files are called."""
+    names = []
+    for config, *_ in models:
+        names.append(free_name(Path(config).stem, names))
+    return names
+
+
+def open_models(args: argparse.Namespace, names: list[str]) -> tuple[dict[str, tuple[Config, nn.Module]], Callable]:
     """The models by their names, and what applies them to the path of an image: samples by these names."""
     if args.model:
         infer = SharedInferencer(device=args.device)
-        for config, *checkpoint in args.model:
-            infer.add(read_config(config, args.cfg_options, args.tune), *(checkpoint or [config]))
+        for name, (config, *checkpoint) in zip(names, args.model):
+            infer.add(read_config(config, args.cfg_options, args.tune), *(checkpoint or [config]), name=name)
         return {name: (task.config, task.model) for name, task in infer.tasks.items()}, infer
     config = read_config(args.config, args.cfg_options, args.tune)
     init_default_scope(config.default_scope)
@@ -86,8 +95,9 @@ def build_visualizer(name: str, config: Config, model: nn.Module) -> Callable:
 def main() -> None:
     args = parse_args()
     images = find_images(args.image)
-    models, infer = open_models(args)
-    targets = {name: targets_of(images, Path(args.out_dir, name)) for name in models}
+    names = names_of(args.model) if args.model else ['']
+    targets = {name: targets_of(images, Path(args.out_dir, name)) for name in names}
+    models, infer = open_models(args, names)
     visualizers = {name: build_visualizer(name, *model) for name, model in models.items()}
     for index, path in enumerate(images):
         image = mmcv.imread(path, channel_order='rgb')
