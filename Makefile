@@ -7,7 +7,7 @@ TEST_ARGS :=
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup:  ## make .venv ready (torch, mmcv with ops, mmdet, mmseg); quick the second time
+setup:  ## make .venv ready (torch, mmcv, mmdet, mmseg); quick the second time
 	@tools/setup.sh
 
 demo: setup  ## find nuclei with a frozen backbone, E3VA and full fine-tuning: a table and a picture
