@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How long one image takes: a stock UPerNet with Swin-T beside the same under E³VA, with mixers, and with merged LoRA.
 
-All variants take turns in one process, so that what else the machine does falls on all of them; the medians count.
+All variants take turns in one process; what counts are medians of the ratios to stock in the same round.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.measure import seconds_in_turn
 from benchmarks.training import provenance
 from e3va_mm.launch import read_config
 from e3va_mm.tune import tune
@@ -96,11 +98,12 @@ def in_onnxruntime(model: nn.Module, image: Tensor, folder: str) -> Callable[[],
 
 
 def timed(call: Callable[[], object]) -> float:
+    """Seconds; of the clock, since onnxruntime has threads of its own."""
     start = time.perf_counter()
     call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 def measure(part: str, image: Tensor, rounds: int, engines: list[str]) -> list[dict]:
@@ -114,20 +117,17 @@ def measure(part: str, image: Tensor, rounds: int, engines: list[str]) -> list[d
                 model(image)  # The first pass of a highway is checked.
             if 'onnxruntime' in engines:
                 calls[variant, 'onnxruntime'] = in_onnxruntime(model, image, folder)
-        times = {key: [] for key in calls}
-        for number in range(rounds + 1):
-            for key, call in calls.items():
-                milliseconds = timed(call)
-                if number:  # The first round warms up.
-                    times[key].append(milliseconds)
+        calls = {key: partial(timed, call) for key, call in calls.items()}
+        seconds_in_turn(calls, 1)  # warms up
+        times = seconds_in_turn(calls, rounds)
     return [
         {
             'part': part,
             'variant': variant,
             'engine': engine,
-            'median_ms': round(statistics.median(values), 2),
+            'median_ms': round(1e3 * statistics.median(values), 2),
             'ratio': round(statistics.median(map(operator.truediv, values, times['stock', engine])), 3),
-            'ms': [round(value, 2) for value in values],
+            'ms': [round(1e3 * value, 2) for value in values],
         }
         for (variant, engine), values in times.items()
     ]

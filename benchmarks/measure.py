@@ -8,7 +8,7 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch
@@ -75,18 +75,24 @@ def measure_in_turn(cases: list[dict]) -> list[dict]:
         bench.to_device()
         bench.load_batch(case['batch_size'])
         bench.warm_up(case['warmup'])
-    order, draw = list(range(len(benches))), random.Random(0)
-    seconds = [[] for _ in benches]
-    for _ in range(cases[0]['steps']):
-        # Each method behind any other: what one leaves in caches is not always the same one's gain.
-        draw.shuffle(order)
-        for index in order:
-            seconds[index].append(benches[index].timed_step())
+    steps = {index: bench.timed_step for index, bench in enumerate(benches)}
+    seconds = list(seconds_in_turn(steps, cases[0]['steps']).values())
     of_first = [[one / first for one, first in zip(own, seconds[0])] for own in seconds]
     return [
         {'batch_size': case['batch_size'], **quartiles('step_seconds', own), **quartiles('of_first', ratios)}
         for case, own, ratios in zip(cases, seconds, of_first)
     ]
+
+
+def seconds_in_turn(timed: dict[Hashable, Callable[[], float]], rounds: int) -> dict[Hashable, list[float]]:
+    """What calls say that they took, in rounds of all of them; so what else the machine does falls on all."""
+    order, draw, seconds = list(timed), random.Random(0), {name: [] for name in timed}
+    for _ in range(rounds):
+        # Each behind any other: what one leaves in caches is not always the same one's gain.
+        draw.shuffle(order)
+        for name in order:
+            seconds[name].append(timed[name]())
+    return seconds
 
 
 def measure_fits(cases: list[dict]) -> list[dict]:

@@ -14,10 +14,10 @@ import argparse
 import gc
 import itertools
 import json
-import random
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench import set_backbone
 from benchmarks.cost import SIZES, TASKS, _image_size
-from benchmarks.measure import quartiles
+from benchmarks.measure import quartiles, seconds_in_turn
 from benchmarks.methods import backbone_of
 from benchmarks.pages import format_shared
 from benchmarks.training import ROOT, provenance
@@ -149,17 +149,18 @@ def used_memory(modules: list[nn.Module], run: Callable[[], None]) -> dict[str, 
     return result
 
 
+def timed(run: Callable[[], None]) -> float:
+    started = now()
+    run()
+    return now() - started
+
+
 @torch.no_grad()
 def timed_rounds(ways: dict[str, Callable[[], None]], rounds: int, warmup: int) -> dict:
     """Seconds of each way, with quartiles, and the ratios of the shared one to the others' in the same round."""
-    seconds, order, draw = {name: [] for name in ways}, list(ways), random.Random(0)
-    for number in range(warmup + rounds):
-        draw.shuffle(order)
-        for name in order:
-            started = now()
-            ways[name]()
-            if number >= warmup:
-                seconds[name].append(now() - started)
+    calls = {name: partial(timed, run) for name, run in ways.items()}
+    seconds_in_turn(calls, warmup)
+    seconds = seconds_in_turn(calls, rounds)
     result = {key: value for name, own in seconds.items() for key, value in quartiles(f'{name}_seconds', own).items()}
     for name in ('one', 'separate'):
         ratios = [shared / other for shared, other in zip(seconds['shared'], seconds[name])]
