@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     add('--steps', type=int, default=20, help='measured steps of a case')
     add('--warmup', type=int, default=5, help='steps before them')
     add('--repeats', type=int, default=1, help='times that each case is run')
-    add('--cards', nargs='+', type=int, default=[8, 12, 16, 24, 80], help='fits: memory of cards in GB')
+    add('--cards', nargs='+', type=int, default=[8, 12, 16, 24, 48, 80], help='fits: memory of cards in GB')
     add('--most-images', type=int, default=32, help='fits: no larger batch is tried')
     add('--jobs', type=int, default=1, help='processes; one measures, others load libraries')
     add('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides of all configs')

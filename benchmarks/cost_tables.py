@@ -9,11 +9,16 @@ from pathlib import Path
 from benchmarks.formats import memory, milliseconds, ratio, table
 from benchmarks.methods import label
 
-# Names of the tasks of benchmarks/cost.py in tables for people; configs have their own.
+# Names of the tasks of benchmarks/cost.py in tables for people, and of configs; others have their own.
 MODELS = {
     'upernet swin-l': 'UPerNet Swin-L, 512²',
     'retinanet swin-l': 'RetinaNet Swin-L, 800 × 1344',
     'cascade-mask-rcnn swin-b': 'Cascade Mask R-CNN Swin-B, 800 × 1344',
+}
+CONFIGS = {
+    'dinov2-l_upernet_8xb2-160k_ade20k-512x512': 'UPerNet DINOv2-L',
+    'dinov2-g_upernet_8xb2-160k_ade20k-512x512': 'UPerNet DINOv2-g',
+    'dinov3-7b_upernet_8xb2-160k_ade20k-512x512': 'UPerNet DINOv3-7B',
 }
 
 
@@ -44,7 +49,7 @@ def group_rows(rows: list[dict], *keys: str) -> list[list[dict]]:
 
 def model_of(row: dict) -> str:
     size = 'real images' if row['data'] == 'real' else '×'.join(map(str, row['image_size']))
-    return MODELS.get(row['model'], f'{row["model"]}, {size}')
+    return MODELS.get(row['model'], f'{CONFIGS.get(row["model"], row["model"])}, {size}')
 
 
 def format_costs(rows: list[dict]) -> str:

@@ -9,6 +9,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,31 +97,40 @@ def seconds_in_turn(timed: dict[Hashable, Callable[[], float]], rounds: int) -> 
 
 
 def measure_fits(cases: list[dict]) -> list[dict]:
-    """Of one case: for each card (GB, as it is sold), the largest batch that trains in its memory; 0 if none does."""
+    """Of one case: for each card (GB, as it is sold), the largest batch that trains in its memory; 0 if none does.
+
+    Weights are loaded under the same cap, from the host.
+    """
     (case,) = cases
-    bench = Bench(case)
-    bench.to_device()
+    bench, peaks, largest, is_loaded = Bench(case), {}, {}, False
     # UPerNet's batch norm behind its pooling to 1×1 takes no single image.
-    least, peaks = 2 if bench.config.default_scope == 'mmseg' else 1, {}
-    for images in (least, 2 * least):
-        bench.load_batch(images)
-        bench.warm_up(0)
-        trains(bench, images, peaks)
-    largest = {}
+    least = 2 if bench.config.default_scope == 'mmseg' else 1
     for gigabytes in sorted(case['cards']):
-        gibibytes = gigabytes * 1e9 / GIB - TAKEN_GIB
-        limit_memory(gibibytes)
-        guess = extrapolate(peaks, gibibytes * GIB)
-        largest[gigabytes] = largest_batch(
-            lambda images: trains(bench, images, peaks), guess, least, case['most_images']
-        )
+        limit = gigabytes * 1e9 - TAKEN_GIB * GIB
+        limit_memory(limit)
+        is_loaded = is_loaded or fits_device(bench)
+        guess = extrapolate(peaks, limit) if len(peaks) > 1 else least
+        tried = partial(trains, bench, peaks=peaks)
+        largest[gigabytes] = largest_batch(tried, guess, least, case['most_images']) if is_loaded else 0
     return [{'largest': largest, 'most_images': case['most_images'], 'taken_gib': TAKEN_GIB}]
 
 
-def limit_memory(gibibytes: float) -> None:
+def limit_memory(limit: float) -> None:
+    """Caps what PyTorch takes of the device, in bytes."""
     if not torch.cuda.is_available():
         raise ValueError('a memory cap needs a CUDA device')
-    torch.cuda.set_per_process_memory_fraction(gibibytes * GIB / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+
+
+def fits_device(bench: Bench) -> bool:
+    """Whether there is room for the weights; if not, they stay on the host."""
+    try:
+        bench.to_device()
+    except torch.OutOfMemoryError:
+        bench.model.cpu()
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def trains(bench: Bench, images: int, peaks: dict[int, int]) -> bool:
@@ -128,8 +138,7 @@ def trains(bench: Bench, images: int, peaks: dict[int, int]) -> bool:
     torch.cuda.reset_peak_memory_stats()
     try:
         bench.load_batch(images)
-        bench.step()
-        bench.step()
+        bench.warm_up(2)
     except torch.OutOfMemoryError:
         return False
     finally:

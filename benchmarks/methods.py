@@ -21,7 +21,6 @@ OPTIONS = {
     'bf16': ('bf16', {'frozen_dtype': 'bfloat16'}),
     'fp16': ('fp16', {'frozen_dtype': 'float16'}),
     'int8': ('int8 weights', {'frozen_dtype': 'int8'}),
-    'float8': ('float8 weights', {'frozen_dtype': 'float8'}),
     'nf4': ('NF4 weights', {'frozen_dtype': 'nf4'}),
     'taps-bf16': ('bf16 taps', {'saved_dtype': 'bfloat16'}),
     'taps-float8': ('float8 taps', {'saved_dtype': 'float8_e4m3fn'}),

@@ -95,7 +95,7 @@ guard() {
 
 # Frozen layers in 8 and 4 bits, on a backbone that is all linear layers; needs torchao.
 quantised_guard() {
-    train quantised_guard --backbones vit-tiny --datasets camvid bccd --methods e3va+{bf16,int8,float8,nf4}
+    train quantised_guard --train-args amp --backbones vit-tiny --datasets camvid bccd --methods e3va+{bf16,int8,nf4}
 }
 
 backbones() { train backbones --train-args amp --backbones vit-tiny efficientnet-lite0 --datasets camvid bccd; }
@@ -134,10 +134,14 @@ cost() {
     done
 }
 
-quantised_cost() {  # the larger the backbone, the more of the memory is its weights'
-    local types=(bf16 int8 float8 nf4)
-    measure quantised_cost --tasks --configs configs/ade20k/dinov2-{l,g}_upernet_8xb2-160k_ade20k-512x512.py \
-        --precisions amp-fp16 --batch-sizes 2 --steps 10 --warmup 3 --methods "${types[@]/#/e3va+}"
+giants() {  # the larger the backbone, the more of the memory is its weights'
+    local name=upernet_8xb2-160k_ade20k-512x512.py methods=(e3va+{nf4,int8,bf16} lora+bf16)
+    giant() { measure "$1" --tasks --configs "configs/ade20k/$2_$name" --precisions amp-fp16 "${@:3}"; }
+    giant fits_giants dinov3-7b --measure fits --most-images 16 --methods "${methods[@]}"
+    giant cost_giants dinov3-7b --batch-sizes 2 --steps 8 --warmup 3 --methods "${methods[@]}"
+    giant fits_giants dinov2-g --image-sizes 896x896 --measure fits --most-images 16 --methods "${methods[@]}" full
+    giant fits_giants dinov3-7b --measure fits --most-images 16 --methods full
+    giant cost_giants dinov2-g --image-sizes 896x896 --batch-sizes 2 --steps 8 --warmup 3 --methods "${methods[@]}"
 }
 
 operators() {  # not in all: PURE_MMCV is a folder with an mmcv that has no compiled operators; the interpreter's own has
@@ -175,7 +179,7 @@ shared() {  # many tasks by one frozen pass
     run benchmarks/shared_pass.py --out $results/shared_pass.json --sizes l --image-sizes 512x512 800x1344 --methods e3va+bf16
 }
 
-parts='amp fits accuracy variants seeds guard quantised_guard backbones heads cost quantised_cost steps masks shared'
+parts='amp fits accuracy variants seeds guard quantised_guard backbones heads cost giants steps masks shared'
 for part in ${*:-$parts}; do
     [[ " $parts operators " == *" $part "* ]] || { echo "unknown part $part; known are $parts operators" >&2; exit 2; }
     "$part"

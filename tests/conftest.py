@@ -42,6 +42,7 @@ TIMM_MODELS = {
     'deit_tiny_distilled_patch16_224': VIT,
     'eva02_large_patch14_224': VIT,
     'vit_large_patch16_dinov3': VIT,
+    'vit_7b_patch16_dinov3': VIT,
     'samvit_base_patch16': dict(VIT, window_size=3, global_attn_indexes=(1, 3), img_size=64),
     'swin_tiny_patch4_window7_224': SWIN,
     'swinv2_base_window12_192': SWIN,

@@ -31,9 +31,11 @@ def rois_pool(wrapper):
     return with_gradients(wrapper.roi_pool(features, regions_of(24).cuda(), (3, 4), 0.5), features)
 
 
-def focal_loss(name, classes, wrapper):
-    logits, target = drawn(20, 3), torch.arange(20, device='cuda') % classes
-    return with_gradients(getattr(wrapper, name)(logits, target, 2.5, 0.3, torch.rand(3).cuda(), 'sum'), logits)
+def focal_loss(name, weighted, wrapper):
+    # Of the background, which the kernels give what lies behind the weights, there is none where there are weights.
+    logits, target = drawn(20, 3), torch.arange(20, device='cuda') % (3 if weighted else 4)
+    weight = torch.rand(3).cuda() if weighted else None
+    return with_gradients(getattr(wrapper, name)(logits, target, 2.5, 0.3, weight, 'sum'), logits)
 
 
 def convolution(wrapper):
@@ -65,8 +67,9 @@ def suppression(kind, wrapper):
     [
         ('roi_align', rois_align),
         ('roi_pool', rois_pool),
-        ('focal_loss', partial(focal_loss, 'sigmoid_focal_loss', 4)),
-        ('focal_loss', partial(focal_loss, 'softmax_focal_loss', 3)),
+        ('focal_loss', partial(focal_loss, 'sigmoid_focal_loss', False)),
+        ('focal_loss', partial(focal_loss, 'sigmoid_focal_loss', True)),
+        ('focal_loss', partial(focal_loss, 'softmax_focal_loss', True)),
         ('deform_conv', convolution),
         ('modulated_deform_conv', modulated_convolution),
         ('multi_scale_deform_attn', attention),

@@ -14,10 +14,10 @@ from torch import nn
 from e3va_mm.backbones.shared_pass import SharedPass
 from e3va_mm.hooks.report import count_parameters
 
-TYPES = ('int8', 'float8', 'nf4')
+TYPES = ('int8', 'nf4')
 # Of the norm of the maps, for random weights; and bytes a weight, at most.
-ERROR = {'int8': 0.04, 'float8': 0.1, 'nf4': 0.35}
-BYTES = {'int8': 1.2, 'float8': 1.2, 'nf4': 0.6}
+ERROR = {'int8': 0.04, 'nf4': 0.35}
+BYTES = {'int8': 1.2, 'nf4': 0.6}
 VIT = dict(embed_dims=64, num_layers=2, num_heads=2, img_size=64)
 BACKBONES = {
     'mm Swin': swin(embed_dims=32),
@@ -270,12 +270,12 @@ def test_refusals(options, message):
 @needs_torchao
 def test_device_without_the_type(monkeypatch, wide_weights):
     def fail(weight):
-        raise TypeError('Trying to convert Float8_e4m3fn to a backend that has it not')
+        raise TypeError('Trying to convert to what this backend has not')
 
-    monkeypatch.setitem(sys.modules['e3va_mm.backbones.quantised'].QUANTISED, 'float8', fail)
-    message = "frozen_dtype='float8' does not run on cpu: take 'bfloat16' .Trying to convert"
+    monkeypatch.setitem(sys.modules['e3va_mm.backbones.quantised'].QUANTISED, 'int8', fail)
+    message = "frozen_dtype='int8' does not run on cpu: take 'bfloat16' .Trying to convert"
     with pytest.raises(ValueError, match=message):
-        pretrained(wide_weights, 'float8')
+        pretrained(wide_weights, 'int8')
 
 
 @every_type

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 
 from benchmarks import cost, measure
 from benchmarks.bench import Bench
@@ -58,6 +60,22 @@ def test_largest_batch(guess, limit):
     tried = []
     found = measure.largest_batch(lambda images: tried.append(images) or images <= limit, guess, 2, 32)
     assert found == (0 if limit < 2 else min(limit, 32)) and len(tried) == len(set(tried)) and min(tried) >= 2
+
+
+def test_fits_by_card(monkeypatch):
+    """Weights of 6 GB, and 2 GB an image."""
+    caps = []
+    monkeypatch.setattr(measure, 'Bench', lambda case: SimpleNamespace(config=Config(dict(default_scope='mmdet'))))
+    monkeypatch.setattr(measure, 'limit_memory', caps.append)
+    monkeypatch.setattr(measure, 'fits_device', lambda bench: caps[-1] > 6e9)
+
+    def trains(bench, images, peaks):
+        peaks[images] = 6e9 + 2e9 * images
+        return peaks[images] < caps[-1] or peaks.pop(images) < 0
+
+    monkeypatch.setattr(measure, 'trains', trains)
+    (found,) = measure.measure_fits([{'cards': [24, 4, 8, 80], 'most_images': 16}])
+    assert found['largest'] == {4: 0, 8: 0, 24: 8, 80: 16} and found['taken_gib'] == 0.5
 
 
 def test_peaks_are_extrapolated():

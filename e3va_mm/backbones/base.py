@@ -32,7 +32,7 @@ class FrozenBackbone(FrozenModule):
         frozen_dtype: 'float16' or 'bfloat16' keeps the frozen linear and convolution layers in that type and runs the
             frozen forward under autocast to it, whatever the rest of the model runs in; ``None`` leaves both as they
             are; 'auto' is 'bfloat16' where the constructor finds a CUDA device that computes in it, else ``None``.
-            'int8', 'float8' and 'nf4' are 'bfloat16' with the weights of the frozen linear layers quantised, see
+            'int8' and 'nf4' are 'bfloat16' with the weights of the frozen linear layers quantised, see
             :mod:`.quantised`.
         init_cfg: mmengine initialisation of the wrapper itself, e.g. ``dict(type='Pretrained', checkpoint=...)``
             with a trained adapter.

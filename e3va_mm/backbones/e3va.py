@@ -37,7 +37,7 @@ class E3VABackbone(FrozenBackbone):
             the paper's: 1,197,312 parameters for Swin-B, 1,792,896 for Swin-L.
         frozen_dtype: 'float16' or 'bfloat16' halves the memory of the frozen weights and speeds their forward up;
             'auto' is 'bfloat16' on a GPU that has it. ``None`` is the paper's method, in the weights' own precision.
-            'int8', 'float8' and 'nf4' are for giants, see :mod:`.quantised`.
+            'int8' and 'nf4' are for giants, see :mod:`.quantised`.
         saved_dtype: 'bfloat16' or 'float8_e4m3fn' is what the backward pass keeps of the taps, where it is narrower
             than theirs; the highway's state at the end of a stage is then kept in bfloat16. The forward pass is exact.
             By default, taps of a frozen forward in half precision are kept in that.

@@ -1,9 +1,9 @@
 """Frozen linear layers in 8 or 4 bits, by the weight-only types of torchao (https://github.com/pytorch/ao).
 
 A layer multiplies in bfloat16: its weight is widened in each call, and again in the backward pass where gradient runs
-through it. The types are those that torchao has in plain PyTorch, for any device with bfloat16: int8 and float8 with a
-scale a row; for 4 bits NF4 in blocks of 64 (arXiv 2305.14314), since torchao's int4 needs further compiled packages, or
-pads rows to 1024 and has no gradient.
+through it. The types are those that torchao has in plain PyTorch, for any device with bfloat16: int8 with a scale a
+row; for 4 bits NF4 in blocks of 64 (arXiv 2305.14314), since torchao's int4 needs further compiled packages, or pads
+rows to 1024 and has no gradient.
 """
 
 from __future__ import annotations
@@ -27,18 +27,13 @@ def _to_int8(weight: Tensor) -> Tensor:
     return torchao.Int8Tensor.from_hp(weight, torchao.PerRow())
 
 
-def _to_float8(weight: Tensor) -> Tensor:
-    torchao = _import_torchao('float8')
-    return torchao.Float8Tensor.from_hp(weight, granularity=torchao.PerRow())
-
-
 def _to_nf4(weight: Tensor) -> Tensor:
     num_blocks = weight.numel() // _NF4_BLOCK
     # The scales of so many blocks are quantised together, and as many groups must make the whole.
     return _import_torchao('nf4').to_nf4(weight, _NF4_BLOCK, math.gcd(num_blocks, _NF4_MOST_BLOCKS))
 
 
-QUANTISED = {'int8': _to_int8, 'float8': _to_float8, 'nf4': _to_nf4}
+QUANTISED = {'int8': _to_int8, 'nf4': _to_nf4}
 
 
 class QuantisedLinears:
@@ -50,7 +45,7 @@ class QuantisedLinears:
     calling the layer (``torch.nn.MultiheadAttention`` does) keeps it in bfloat16.
 
     Args:
-        frozen_dtype: 'int8', 'float8' or 'nf4'.
+        frozen_dtype: 'int8' or 'nf4'.
         backbone: changed in place.
         frozen: names of its tensors that are not trained.
         uncalled: ends of the names of its layers that are not called.
@@ -80,7 +75,7 @@ class QuantisedLinears:
                 f'frozen_dtype={frozen_dtype!r} is for frozen linear layers, and this {type(backbone).__name__} has '
                 "none that it fits: take 'bfloat16'"
             )
-        self.stock: nn.Module | None = copy.deepcopy(backbone, self._handed_over(backbone)).float()
+        self.stock: nn.Module | None = copy.deepcopy(backbone, self._handed_over(backbone)).float().cpu()
         for layer in self._in(backbone).values():
             layer.register_forward_pre_hook(_narrow)
             # The name keeps its place in the order of parameters, which fingerprints are in.
@@ -161,7 +156,7 @@ def _import_torchao(frozen_dtype: str):
         from torchao import quantization
 
         # What older versions have not, or elsewhere.
-        quantization.Int8Tensor, quantization.Float8Tensor, quantization.to_nf4  # noqa: B018
+        quantization.Int8Tensor, quantization.to_nf4  # noqa: B018
     except (AttributeError, ImportError) as error:
         message = f"frozen_dtype={frozen_dtype!r} needs torchao 0.18 or newer: pip install 'e3va_mm[quant]', or torchao"
         raise ImportError(f'{message} ({error})') from error

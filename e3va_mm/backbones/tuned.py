@@ -31,7 +31,7 @@ class TunedBackbone(FrozenBackbone):
         self, backbone: dict | nn.Module, method: dict, frozen_dtype: str | None = None, init_cfg: dict | None = None
     ) -> None:
         super().__init__(backbone, frozen_dtype, init_cfg)
-        stock = copy.deepcopy(self.backbone)
+        stock = copy.deepcopy(self.backbone).cpu()
         self._stock_names = super().stock_names()
         self.method = build_method(self.family, method)
         if self._quantised_dtype and isinstance(self.method, PEFT):
