@@ -103,11 +103,13 @@ def format_fits(rows: list[dict]) -> str:
 
 
 def format_packages(rows: list[dict]) -> str:
-    """What two checkouts cost; a row a setting and method, and ratios to the first of them."""
+    """What two checkouts cost; a row a setting and method that both have, and ratios to the first of them."""
     first, *others = dict.fromkeys(row['package'] for row in rows)
     lines = []
     for group in group_rows(rows, 'model', 'image_size', 'data', 'precision', 'batch_size', 'method'):
         by_package = {row['package']: row for row in group}
+        if first not in by_package:
+            continue
         row = by_package[first]
         cells = [memory(row['peak_memory_mib']), milliseconds(row['step_seconds'])]
         for other in filter(by_package.get, others):

@@ -74,7 +74,7 @@ def format_all_costs(amp: Path) -> str:
 
 def format_fits(fits: Path) -> str:
     rows = load_rows(fits)
-    return cost_tables.format_fits(rows) + _source(rows, 'fits')
+    return cost_tables.format_fits(rows) + _source(rows, fits.stem.removeprefix('fits_'))
 
 
 def format_latency(latency: Path) -> str:

@@ -111,9 +111,10 @@ on_set() {  # name of the result, images, config, options
 }
 
 cost() {
-    on_tasks cost_swin --batch-sizes 8 --steps 5 --warmup 2 --methods full full+checkpointed frozen e3va e3va+bf16 \
+    local large=(--tasks upernet retinanet --sizes l --steps 5 --warmup 2)
+    measure cost_swin "${large[@]}" --batch-sizes 8 --methods full full+checkpointed frozen e3va e3va+bf16 \
         e3va+bf16+taps-float8{,+sampled} e3va+bf16+mixer
-    on_tasks cost_swin --batch-sizes 2 --steps 5 --warmup 2 --methods full frozen e3va+bf16 e3va+bf16+taps-float8
+    measure cost_swin "${large[@]}" --batch-sizes 2 --methods full frozen e3va+bf16 e3va+bf16+taps-float8
     measure cost_dinov2 --batch-sizes 2 --image-sizes 512x512 896x896 --steps 5 --warmup 2 --tasks \
         --configs configs/ade20k/dinov2-{l,g}_upernet_8xb2-160k_ade20k-512x512.py \
         --methods frozen e3va e3va+bf16 e3va+bf16+taps-float8 lora full

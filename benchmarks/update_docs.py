@@ -21,7 +21,7 @@ from benchmarks.training import ROOT
 from e3va_mm.families.registry import TABLE
 
 RESULTS, REPORT = ROOT / 'benchmarks/results', 'benchmarks/README.md'
-TRAININGS = ('small_sets', 'folds', 'guard', 'backbones', 'heads', 'rates', 'shapes_methods_cpu')
+TRAININGS = ('small_sets', 'folds', 'guard', 'quantised_guard', 'backbones', 'heads', 'rates', 'shapes_methods_cpu')
 COSTS = ('swin', 'dinov2', 'resnet', 'methods', 'small_sets', 'mixers', 'cpu', 'cpu_sizes', 'cpu_mixers')
 
 # Of a GPU and a CPU; what is missing is left out.
@@ -67,7 +67,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'accuracy', pages.format_accuracy, ('small_sets',)),
     ('adapters/README.md', 'adapters', pages.format_adapters, ('adapters',)),
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),
-    ('docs/memory.md', 'fits', pages.format_fits, ('fits',)),
+    *(('docs/memory.md', name, pages.format_fits, (name,)) for name in ('fits', 'fits_giants')),
     ('docs/shared.md', 'shared', pages.format_shared, SHARED),
     ('docs/deployment.md', 'latency', pages.format_latency, ('latency_cpu',)),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),
