@@ -44,6 +44,9 @@ class FrozenBackbone(FrozenModule):
         ValueError: ``frozen_dtype`` is none of the above, or the backbone has no layers for it.
     """
 
+    # Set by :mod:`e3va_mm.sharding`: then no process holds the base as a whole.
+    is_sharded = False
+
     def __init__(
         self,
         backbone: dict | nn.Module,
@@ -162,6 +165,11 @@ class FrozenBackbone(FrozenModule):
 
     def _load_stock(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes the base from a stock state dict, leaves the rest as it is, and returns the wrapper's own state."""
+        if self.is_sharded:
+            raise CheckpointMismatchError(
+                'a sharded backbone can not take the base of the stock model in the checkpoint: name that file in its '
+                "own config, backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')"
+            )
         staging = self._staging()
         own = named_tensors(staging)
         known = {name: given[name] for name in given.keys() & own.keys() if given[name].shape == own[name].shape}
@@ -201,6 +209,10 @@ class FrozenBackbone(FrozenModule):
         return self.__dict__
 
     def __deepcopy__(self, memo: dict) -> FrozenBackbone:
+        if self.is_sharded:
+            raise ValueError(
+                "a sharded backbone can not be copied: take EMAHook out of custom_hooks, or runner_type='Runner'"
+            )
         state = self.__getstate__()
         if self._quantised:
             memo.update(self._quantised.shared(self.backbone))
