@@ -12,7 +12,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, e3va, images, stir, swin, timm_features
+from conftest import ROOT, e3va, images, pretrained, stir, swin, timm_features
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
@@ -189,11 +189,16 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-def test_sharded_backbones_stay_as_they_are(alone):
-    model = nn.ModuleDict({'backbone': e3va()})
-    stock = {key: value.clone() for key, value in model.backbone.backbone.state_dict().items()}
+def test_sharded_backbones_stay_as_they_are(alone, weights):
+    model = nn.ModuleDict({'backbone': e3va(**pretrained(weights), frozen_dtype='bfloat16')})
+    expected = model.backbone(images())
+    stock = {key.removeprefix('backbone.'): value for key, value in torch.load(weights)['state_dict'].items()}
     sharding.shard_frozen(model)
-    with pytest.raises(RuntimeError, match='a sharded backbone can not take the base of the stock model'):
+    # As load_from of a stock model does, whose backbone the config names.
+    model.backbone.load_state_dict(dict(stock))
+    assert all(torch.equal(one, other) for one, other in zip(model.backbone(images()), expected))
+    stock['stages.1.blocks.0.norm1.weight'] += 1
+    with pytest.raises(RuntimeError, match='a sharded backbone can not take another base'):
         model.backbone.load_state_dict(stock)
     with pytest.raises(ValueError, match='a sharded backbone can not be copied: take EMAHook out of custom_hooks'):
         copy.deepcopy(model)

@@ -166,10 +166,8 @@ class FrozenBackbone(FrozenModule):
     def _load_stock(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes the base from a stock state dict, leaves the rest as it is, and returns the wrapper's own state."""
         if self.is_sharded:
-            raise CheckpointMismatchError(
-                'a sharded backbone can not take the base of the stock model in the checkpoint: name that file in its '
-                "own config, backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')"
-            )
+            self._check_stock(given)
+            return self.state_dict()
         staging = self._staging()
         own = named_tensors(staging)
         known = {name: given[name] for name in given.keys() & own.keys() if given[name].shape == own[name].shape}
@@ -179,6 +177,16 @@ class FrozenBackbone(FrozenModule):
         rest = f'; it differs from the model in {sorted(unread)}' if unread else ''
         print_log(f'the frozen base comes from the backbone of the stock model in the checkpoint{rest}', 'current')
         return self.state_dict()
+
+    def _check_stock(self, given: dict[str, Tensor]) -> None:
+        """Makes sure that a stock state dict has the base that is here, where that can not be replaced."""
+        own = dict(zip(self._base_names, self.base_fingerprint().tolist()))
+        found = {name: given[name] for name in own if name in given}
+        if fingerprint(found).tolist() != [own[name] for name in found]:
+            raise CheckpointMismatchError(
+                'a sharded backbone can not take another base, that of the stock model in the checkpoint: name its '
+                "file in backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')"
+            )
 
     def _check_keys(self, given: dict[str, Tensor]) -> None:
         expected = self.state_dict()
