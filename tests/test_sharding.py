@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 from torch.distributed.tensor import DTensor
+from yapf.yapflib import yapf_api
 
 from e3va_mm import launch, sharding
 from e3va_mm.backbones.base import FrozenBackbone
@@ -119,6 +120,8 @@ def work(rank: int, ports: list[int], config: str, folder: str) -> None:
     torch.set_num_threads(1)
     # The tool's would end this process.
     launch.end_distributed_run = end_run
+    # Configs as they are dumped: making them pretty takes longer than all the rest.
+    yapf_api.FormatCode = lambda text, **style: (text, True)
     dist.init_process_group('gloo')
     results = {'models': compare_models(), 'most_unsharded_blocks': most_unsharded_blocks()}
     torch.save(results, f'{folder}/rank{rank}.pth')
