@@ -13,7 +13,7 @@ resolve_own_configs()
 leave_out_multimodal()
 stand_in()
 
-from . import backbones, checkpoints, hooks, necks, optim  # noqa: E402, F401
+from . import backbones, checkpoints, hooks, necks, optim, sharding  # noqa: E402, F401
 from .shared import SharedInferencer  # noqa: E402, F401
 from .tune import tune  # noqa: E402, F401
 

@@ -44,6 +44,9 @@ class FrozenBackbone(FrozenModule):
         ValueError: ``frozen_dtype`` is none of the above, or the backbone has no layers for it.
     """
 
+    # Set by :mod:`e3va_mm.sharding`: then no process holds the base as a whole.
+    is_sharded = False
+
     def __init__(
         self,
         backbone: dict | nn.Module,
@@ -162,6 +165,9 @@ class FrozenBackbone(FrozenModule):
 
     def _load_stock(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Takes the base from a stock state dict, leaves the rest as it is, and returns the wrapper's own state."""
+        if self.is_sharded:
+            self._check_stock(given)
+            return self.state_dict()
         staging = self._staging()
         own = named_tensors(staging)
         known = {name: given[name] for name in given.keys() & own.keys() if given[name].shape == own[name].shape}
@@ -171,6 +177,16 @@ class FrozenBackbone(FrozenModule):
         rest = f'; it differs from the model in {sorted(unread)}' if unread else ''
         print_log(f'the frozen base comes from the backbone of the stock model in the checkpoint{rest}', 'current')
         return self.state_dict()
+
+    def _check_stock(self, given: dict[str, Tensor]) -> None:
+        """Makes sure that a stock state dict has the base that is here, where that can not be replaced."""
+        own = dict(zip(self._base_names, self.base_fingerprint().tolist()))
+        found = {name: given[name] for name in own if name in given}
+        if fingerprint(found).tolist() != [own[name] for name in found]:
+            raise CheckpointMismatchError(
+                'a sharded backbone can not take another base, that of the stock model in the checkpoint: name its '
+                "file in backbone.init_cfg=dict(type='Pretrained', checkpoint=FILE, prefix='backbone.')"
+            )
 
     def _check_keys(self, given: dict[str, Tensor]) -> None:
         expected = self.state_dict()
@@ -201,6 +217,10 @@ class FrozenBackbone(FrozenModule):
         return self.__dict__
 
     def __deepcopy__(self, memo: dict) -> FrozenBackbone:
+        if self.is_sharded:
+            raise ValueError(
+                "a sharded backbone can not be copied: take EMAHook out of custom_hooks, or runner_type='Runner'"
+            )
         state = self.__getstate__()
         if self._quantised:
             memo.update(self._quantised.shared(self.backbone))
