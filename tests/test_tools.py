@@ -179,6 +179,7 @@ def test_two_processes(seg_config, tmp_path):
     call = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert call.returncode == 0, call.stdout[-2000:] + call.stderr[-2000:]
     assert 'SyncBN needs GPUs' in call.stdout + call.stderr
+    assert len(re.findall(r'Each of 2 processes exchanges \d+\.\d MiB', call.stdout + call.stderr)) == 1
     report = json.loads((tmp_path / 'run/run_report.json').read_text())
     assert report['num_devices'] == 2 and report['parameters']['highway']['trainable']
     trained = tmp_path / 'run/two.py', tmp_path / 'run/iter_4.pth'
