@@ -9,6 +9,7 @@ import torch
 from benchmarks import cost, measure
 from benchmarks.bench import Bench
 from benchmarks.methods import backbone_of
+from e3va_mm.hooks.report import count_parameters
 
 from .conftest import script
 
@@ -63,6 +64,15 @@ def test_largest_batch(guess, limit):
 def test_peaks_are_extrapolated():
     assert measure.extrapolate({2: 500, 4: 900, 1: 400}, 2000) == 9
     assert measure.extrapolate({2: 500, 4: 900}, 600) == 3
+
+
+@pytest.mark.parametrize('method', ['full', 'frozen', 'e3va'])
+def test_gradients_are_those_of_what_is_trained(method):
+    case = dict(CASE, backbone=backbone_of(method))
+    (found,) = measure.measure_gradients([case])
+    trained = {part: count['trainable'] for part, count in count_parameters(Bench(case).model).items()}
+    assert found['gradients_mib'] * measure.MIB == 4 * sum(trained.values())
+    assert found['backbone_mib'] * measure.MIB == 4 * (trained['backbone'] + trained.get('highway', 0))
 
 
 def test_methods_share_heads_and_batches():
