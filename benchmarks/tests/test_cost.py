@@ -92,6 +92,7 @@ def test_methods_share_heads_and_batches():
 def test_masks_come_from_the_host_in_each_step():
     """A byte a pixel, as a loader has them; moved at each crop, or once a step."""
     case = dict(CASE, config='configs/nuclei/mask-rcnn_swin-nano_fpn_1xb8-300_nuclei.py', image_size=[64, 96])
+    case['cfg_options'] = {'model.train_cfg.rcnn.sampler.num': 16}
     kinds = []
     for method in ('full', 'full+masks'):
         bench = Bench(dict(case, method=method, backbone=backbone_of(method)))
