@@ -3,7 +3,8 @@
 
 What is measured: ``cost`` (the default), each case in a process of its own; ``in-turn``, a step of each method in turn
 in one process, and the ratio to the first method in the same round, since processes differ in speed more than methods;
-``fits``, the largest batch in the memory of each of ``--cards``.
+``fits``, the largest batch in the memory of each of ``--cards``; ``gradients``, what each of several processes sends
+in a step.
 
 Repeats are interleaved: all cases once, then all again. Cases that are already in the file are not repeated. At the end
 the tables of the file are printed. Checkouts are compared by ``--packages``.
@@ -44,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--out', required=True, help='JSON file that collects the results')
-    add('--measure', choices=('cost', 'in-turn', 'fits'), default='cost')
+    add('--measure', choices=('cost', 'in-turn', 'fits', 'gradients'), default='cost')
     add('--tasks', nargs='*', default=list(TASKS), choices=TASKS)
     add('--sizes', nargs='+', default=['t'], choices=SIZES, help='of the Swin backbone')
     add('--configs', nargs='*', default=[], help='stock configs, mmdet::… among them, to measure beside the tasks')

@@ -102,6 +102,14 @@ def format_fits(rows: list[dict]) -> str:
     return table(['', 'largest batch', *(f'{card} GB' for card in rows[0]['runs'][0]['largest'])], lines)
 
 
+def format_gradients(rows: list[dict]) -> str:
+    """What each of several processes exchanges in a step, and the backbone's part of it; a row a method."""
+    cells = {(row['method'], model_of(row)): f'{row["gradients_mib"]:.0f} / {row["backbone_mib"]:.1f}' for row in rows}
+    methods, models = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+    lines = [[label(method), *(cells[method, model] for model in models)] for method in methods]
+    return table(['MiB a step / of the backbone', *models], lines)
+
+
 def format_packages(rows: list[dict]) -> str:
     """What two checkouts cost; a row a setting and method that both have, and ratios to the first of them."""
     first, *others = dict.fromkeys(row['package'] for row in rows)
@@ -123,6 +131,8 @@ def report(rows: list[dict]) -> str:
     """All tables of a result file."""
     if 'of_first' in rows[0]:
         return format_steps(rows)
+    if 'gradients_mib' in rows[0]:
+        return format_gradients(rows)
     if 'largest' in rows[0]['runs'][0]:
         return format_fits(rows)
     return (format_packages(rows) + '\n\n' if rows[0].get('package') else '') + format_costs(rows)

@@ -55,6 +55,10 @@ fits() {  # the largest batch by the memory of a card
         --methods full lora frozen e3va+bf16 e3va+bf16+taps-float8+sampled
 }
 
+gradients() {  # what several processes exchange; AMP keeps parameters and gradients in fp32
+    on_tasks gradients --measure gradients --methods full lora e3va
+}
+
 # Three rates each, and on BCCD two more seeds for the better two; CamVid's rates are one step higher, since its best was the
 # highest of the others' three for every method.
 accuracy() {
@@ -180,7 +184,7 @@ shared() {  # many tasks by one frozen pass
     run benchmarks/shared_pass.py --out $results/shared_pass.json --sizes l --image-sizes 512x512 800x1344 --methods e3va+bf16
 }
 
-parts='amp fits accuracy variants seeds guard quantised_guard backbones heads cost giants steps masks shared'
+parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads cost giants steps masks shared'
 for part in ${*:-$parts}; do
     [[ " $parts operators " == *" $part "* ]] || { echo "unknown part $part; known are $parts operators" >&2; exit 2; }
     "$part"

@@ -68,6 +68,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('adapters/README.md', 'adapters', pages.format_adapters, ('adapters',)),
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),
     *(('docs/memory.md', name, pages.format_fits, (name,)) for name in ('fits', 'fits_giants')),
+    ('docs/several_gpus.md', 'gradients', _costs, ('gradients',)),
     ('docs/shared.md', 'shared', pages.format_shared, SHARED),
     ('docs/deployment.md', 'latency', pages.format_latency, ('latency_cpu',)),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),

@@ -57,11 +57,12 @@ def nuclei_of(labels: np.ndarray) -> np.ndarray:
 
 def match(truth: np.ndarray, predicted: np.ndarray) -> dict[int, int]:
     """Predicted number by true number, of the nuclei that overlap by more than half of their union."""
-    pairs, overlaps = np.unique(np.stack([truth, predicted]).reshape(2, -1), axis=1, return_counts=True)
+    # A number for each pair, since columns are sorted far more slowly.
+    pairs, overlaps = np.unique((truth.astype(np.int64) << 32) + predicted, return_counts=True)
     areas, own_areas = (dict(zip(*np.unique(numbers, return_counts=True))) for numbers in (truth, predicted))
     return {
         int(true): int(own)
-        for (true, own), overlap in zip(pairs.T, overlaps)
+        for (true, own), overlap in zip(zip(pairs >> 32, pairs & 0xFFFFFFFF), overlaps)
         if true and own and 2 * overlap > areas[true] + own_areas[own] - overlap
     }
 

@@ -1,8 +1,6 @@
 """Shared pieces: a tiny Swin, its weights on disk, a tiny data set, and the tools as a user runs them."""
 
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from mmengine.registry import MODELS
 
 import e3va_mm  # noqa: F401  (registers the backbones)
 from benchmarks.shapes import write_shapes
+from benchmarks.tests.forked import environment, run_process, run_script
 from e3va_mm.highway.adapters import single_delta
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,27 +202,13 @@ def det_config(tmp_path_factory, shapes, weights) -> Path:
     return _write_config(path, 'retinanet_e3va-swin-nano_fpn_1xb8-800_shapes.py', _DET, shapes, weights)
 
 
-# mmengine imports transformers, where that is installed, for an optimizer of its; it takes as long as all the rest.
-_RUN = """
-import runpy, sys
-sys.modules['transformers'] = None
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
-
-
-def tool(*command, ok=True, with_peft=False, **environment) -> str:
+def tool(*command, ok=True, with_peft=False, **variables) -> str:
     """Runs a script of the repository; returns all that it printed. peft needs transformers."""
-    call = subprocess.run(
-        [sys.executable, *([] if with_peft or command[0] == '-c' else ['-c', _RUN]), *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert (call.returncode == 0) == ok, call.stdout[-3000:]
-    return call.stdout
+    command = [*map(str, command)]
+    start = run_process if with_peft or command[0] == '-c' else run_script
+    code, output = start(command, ROOT, environment(with_transformers=with_peft, **variables))
+    assert (code == 0) == ok, output[-3000:]
+    return output
 
 
 def pretrained(weights, **options):

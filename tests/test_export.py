@@ -1,7 +1,8 @@
 """Models go to where there is no Python: traced, exported, as ONNX, by the tool, and counted."""
 
-import importlib.util
 import runpy
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import mmdet.models  # noqa: F401  (registers ResNet)
 import mmseg.models  # noqa: F401  (registers MiT)
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, build, e3va, pretrained, stir, swin
 from mmengine.analysis import get_model_complexity_info
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 from torch import nn
 from torch.testing import assert_close
@@ -30,11 +32,12 @@ LISTED = (
     'mmseg MiT',
 )
 BACKBONES = {
-    'mm Swin': swin(),
+    'mm Swin': swin(depths=(2, 1, 1, 1)),
     'ResNet': dict(type='mmdet.ResNet', depth=18),
     'found': dict(type='mmdet.MobileNetV2', out_indices=(1, 2)),
     **{name: FAMILIES[name] for name in LISTED},
 }
+BACKBONES['swinv2_base_window12_192'] = dict(BACKBONES['swinv2_base_window12_192'], depths=(2, 1, 1, 1))
 every_listed = pytest.mark.parametrize('name', BACKBONES)
 # Whose way to ONNX has something of its own (Swin's is tried with open sizes); for the others it would take long.
 OWN_WAY = ('ResNet', 'vit_tiny_patch16_224', 'samvit_base_patch16', 'hiera_tiny_224')
@@ -104,7 +107,7 @@ def test_families_are_traced(name):
 )
 def test_options_are_exported(options):
     """With gradient enabled too: a graph has none."""
-    model, image = trained(**{'backbone': swin(), **options}), torch.randn(1, 3, *SIZE)
+    model, image = trained(**{'backbone': BACKBONES['mm Swin'], **options}), torch.randn(1, 3, *SIZE)
     program = torch.export.export(model, (torch.randn(1, 3, *SIZE),), strict=False)
     assert_near(program.module()(image), model(image))
 
@@ -113,7 +116,8 @@ def test_options_are_exported(options):
 def test_sizes_stay_open(tmp_path):
     """Of Swin, whose windows depend on them."""
     pytest.importorskip('onnxscript')
-    model, images = trained(swin(depths=(2, 1, 1, 1))), [torch.randn(1, 3, *size) for size in (SIZE, OTHER)]
+    backbone = swin(depths=(2, 1), num_heads=(1, 2), strides=(4, 2), out_indices=(0, 1))
+    model, images = trained(backbone), [torch.randn(1, 3, *size) for size in (SIZE, OTHER)]
     sizes = {2: 32 * torch.export.Dim('h'), 3: 32 * torch.export.Dim('w')}
     options = dict(dynamo=True, input_names=['image'], verbose=False, dynamic_shapes=(sizes,))
     onnx = torch.onnx.export(model, (torch.randn(1, 3, 128, 96),), **options)
@@ -136,18 +140,45 @@ def test_operations_of_the_highway_are_counted(weights):
     assert own < flops[1] - flops[0] < 1.3 * own
 
 
+ADDING = {name: dict(method=name) for name in ('e3va', 'lora', 'mona', 'adapter', 'adaptformer')}
+ADDING['mixers'] = dict(method='e3va', mixer=dict(width=8))
+COUNTED = [
+    *(('mmseg', name) for name in ('e3va', 'lora', 'adapter', 'partial', 'bitfit')),
+    *(('mmdet', name) for name in ('e3va', 'mixers', 'mona', 'adaptformer', 'frozen')),
+]
+
+
+@pytest.fixture(scope='module')
+def stock_configs(seg_config, det_config):
+    """By toolbox, a stock config, and what the toolbox's tool counts of it."""
+    configs = {}
+    for toolbox, path in (('mmseg', seg_config), ('mmdet', det_config)):
+        config = read_config(str(path), {})
+        config.model.backbone = dict(config.model.backbone.backbone, depths=(1, 1, 1, 1))
+        config.val_dataloader.update(num_workers=0, persistent_workers=False)
+        configs[toolbox] = config, counted(toolbox, config, path.with_name(f'stock_{toolbox}.py'))
+    return configs
+
+
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('method', ['e3va', 'frozen', 'lora', 'mona', 'adapter', 'adaptformer', 'partial', 'bitfit'])
-def test_operations_of_every_method_are_counted(seg_config, method):
-    stock = read_config(str(seg_config), {})
-    stock.model.backbone = stock.model.backbone.backbone
-    stock.model.backbone.init_cfg = None
-    with MODELS.switch_scope_and_registry('mmseg') as registry:
-        backbones = [registry.build(config.model.backbone) for config in (stock, tune(stock, method))]
-    flops = [
-        get_model_complexity_info(each, (3, 64, 64), show_table=False)['flops'] for each in map(in_eval, backbones)
-    ]
-    assert flops[1] == flops[0] if method in ('frozen', 'partial', 'bitfit') else flops[1] > flops[0]
+@pytest.mark.parametrize(('toolbox', 'name'), COUNTED)
+def test_get_flops_of_the_toolboxes_counts_every_method(stock_configs, tmp_path, toolbox, name):
+    config, of_stock = stock_configs[toolbox]
+    of_tuned = counted(toolbox, tune(config, **ADDING.get(name, dict(method=name))), tmp_path / 'tuned.py')
+    if name in ADDING:
+        assert of_tuned['flops'] > of_stock['flops'] and of_tuned['params'] > of_stock['params']
+    else:
+        assert of_tuned == of_stock
+
+
+def counted(toolbox: str, config, path) -> dict[str, float]:
+    """Operations of an image, and parameters, by the toolbox's own tool."""
+    # Config.dump takes seconds to format it.
+    path.write_text(''.join(f'{key} = {value!r}\n' for key, value in config.to_dict().items()))
+    tool = find_spec(toolbox).submodule_search_locations[0] + '/.mim/tools/analysis_tools/get_flops.py'
+    args = SimpleNamespace(config=str(path), cfg_options=None, shape=[64], num_images=1)
+    found = runpy.run_path(tool)['inference'](args, MMLogger.get_instance('flops'))
+    return {key: float(found[key][:-1]) * {'K': 1e3, 'M': 1e6}[found[key][-1]] for key in ('flops', 'params')}
 
 
 def in_eval(model: nn.Module) -> nn.Module:
@@ -157,7 +188,7 @@ def in_eval(model: nn.Module) -> nn.Module:
 
 def saved(config_path, path):
     """A checkpoint of a config as training writes it."""
-    config = read_config(str(config_path), {})
+    config = read_config(str(config_path), {'model.backbone.backbone.depths': (1, 1, 1, 1)})
     with MODELS.switch_scope_and_registry(config.default_scope) as registry:
         model = registry.build(config.model)
     model.init_weights()
@@ -194,8 +225,7 @@ def test_the_tool_writes_what_onnxruntime_repeats(task, request, run_tool, tmp_p
 
 
 def test_without_its_packages_the_tool_says_what_to_install(seg_config, error_of, tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == 'onnxscript' else find(name))
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == 'onnxscript' else find_spec(name))
     assert "pip install 'e3va_mm[onnx]'" in error_of('tools/export.py', seg_config, tmp_path / 'model.onnx')
 
 

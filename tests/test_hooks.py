@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import e3va
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import HistoryBuffer, MessageHub
@@ -20,7 +21,15 @@ from e3va_mm.checkpoints.errors import CheckpointMismatchError
 from e3va_mm.checkpoints.files import restore_history, to_plain
 from e3va_mm.checkpoints.latest import latest_checkpoint
 from e3va_mm.hooks.amp import Float32OpsHook
-from e3va_mm.hooks.report import ResourceReportHook, count_parameters, format_table, learning_rates
+from e3va_mm.hooks.report import (
+    ResourceReportHook,
+    count_parameters,
+    describe_exchange,
+    format_table,
+    gradient_bytes,
+    learning_rates,
+    synchronized_parts,
+)
 
 
 @MODELS.register_module()
@@ -202,6 +211,7 @@ def test_report(tmp_path):
         'backbone': {'trainable': 0, 'frozen': 6},
         'head': {'trainable': 3, 'frozen': 0},
     }
+    assert report['gradient_bytes'] == 3 * 4
     assert report['checkpoint_bytes'] == (tmp_path / 'iter_8.pth').stat().st_size
     history, _ = runner.message_hub.get_scalar('train/peak_memory_mib').data
     assert len(history) == 8 and (np.diff(history) >= 0).all()
@@ -244,6 +254,27 @@ def test_learning_rates_by_part():
     assert rates == {'head': {0.1, 0.5}, 'backbone': {0.1}}
     table = format_table(count_parameters(model), rates).splitlines()
     assert table[1].split()[-1] == '0.1' and table[2].endswith('0.1 to 0.5') and table[3].split()[-1] == '77.78'
+
+
+def test_gradients_count_in_the_dtype_of_their_parameters():
+    model = nn.ModuleDict({'frozen': nn.Linear(64, 64), 'head': nn.Linear(256, 512, bias=False)})
+    model['frozen'].requires_grad_(False)
+    model['mask_head'] = nn.Linear(512, 256, bias=False, dtype=torch.bfloat16)
+    model['shared'] = model['mask_head']  # exchanged once
+    assert gradient_bytes(model) == 256 * 512 * (4 + 2)
+    assert describe_exchange(model, 8) == ['Each of 8 processes exchanges 0.8 MiB of gradients a step']
+    assert describe_exchange(model, 1) == []
+
+
+def test_heads_that_wait_for_other_processes_are_named():
+    norm, stock = nn.SyncBatchNorm(2), dict(type='mmdet.ResNet', depth=18, norm_cfg=dict(type='SyncBN'))
+    model = nn.ModuleDict({'backbone': e3va(stock), 'neck': nn.BatchNorm2d(2), 'heads': nn.ModuleList([norm, norm])})
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in model['backbone'].modules())
+    assert synchronized_parts(model) == ['heads']
+    assert describe_exchange(model, 1) == []
+    assert 'SyncBN in heads waits' in describe_exchange(model, 2)[1]
+    model['backbone'] = MODELS.build(stock)
+    assert synchronized_parts(model) == ['backbone', 'heads']
 
 
 def test_to_plain_and_back():

@@ -8,6 +8,8 @@ import re
 import pytest
 from conftest import ROOT
 
+from benchmarks.tests.forked import environment
+
 NOTEBOOK = ROOT / 'demo/quickstart.ipynb'
 QUICK, WORK = 'QUICK = False', "Path('work_dirs/quickstart')"
 
@@ -31,8 +33,9 @@ def committed() -> list[dict]:
 
 def test_the_notebook_runs(tmp_path, monkeypatch, committed):
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setenv('PYTHONPATH', str(ROOT), prepend=os.pathsep)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for old, new in (QUICK, 'QUICK = True'), (WORK, f"Path('{tmp_path}')"):
         assert sum(cell.source.count(old) for cell in notebook.cells) == 1

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from benchmarks.adapters import FOLDER, metrics_of
+from benchmarks.tests.forked import environment
 from benchmarks.training import ROOT
 from e3va_mm.checkpoints.files import read_checkpoint
 
@@ -38,8 +39,9 @@ def test_metafiles_name_them():
 
 
 @pytest.mark.parametrize('path', FILES, ids=[path.stem for path in FILES])
-def test_they_reach_what_their_table_says(path, tmp_path):
+def test_they_reach_what_their_table_says(path, tmp_path, monkeypatch):
     """On the first ten validation images; benchmarks/adapters.py tests on all."""
+    monkeypatch.setenv('PYTHONPATH', environment()['PYTHONPATH'])
     if 'nuclei' in path.stem:
         from nuclei_data import write_nuclei
 

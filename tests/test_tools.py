@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import signal
 import socket
@@ -15,6 +14,7 @@ import torch
 from conftest import ROOT, tool
 from mmengine.config import Config
 
+from benchmarks.tests.forked import environment
 from e3va_mm.checkpoints.files import read_checkpoint
 from e3va_mm.checkpoints.latest import latest_checkpoint
 
@@ -121,7 +121,7 @@ def test_interrupted_and_resumed(trained_seg, seg_config, tmp_path, sent):
             cwd=ROOT,
             stdout=log,
             stderr=log,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            env=environment(),
             # A shell's background jobs, and all that they start, ignore SIGINT.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
@@ -175,15 +175,16 @@ def test_two_processes(seg_config, tmp_path):
         port = str(free.getsockname()[1])
     arguments = [tmp_path / 'two.py', '2', '--tune', 'e3va', '--work-dir', tmp_path / 'run']
     command = ['bash', 'tools/dist_train.sh', *arguments]
-    environment = {**os.environ, 'PORT': port, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
-    call = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    variables = environment(PORT=port, PYTHON=sys.executable)
+    call = subprocess.run([*map(str, command)], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert call.returncode == 0, call.stdout[-2000:] + call.stderr[-2000:]
     assert 'SyncBN needs GPUs' in call.stdout + call.stderr
+    assert len(re.findall(r'Each of 2 processes exchanges \d+\.\d MiB', call.stdout + call.stderr)) == 1
     report = json.loads((tmp_path / 'run/run_report.json').read_text())
     assert report['num_devices'] == 2 and report['parameters']['highway']['trainable']
     trained = tmp_path / 'run/two.py', tmp_path / 'run/iter_4.pth'
     command = ['bash', 'tools/dist_test.sh', *trained, '2', '--work-dir', tmp_path / 'test']
-    call = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    call = subprocess.run([*map(str, command)], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert call.returncode == 0, call.stdout[-2000:] + call.stderr[-2000:]
     assert metric(call.stdout + call.stderr, 'mIoU') >= 0
 

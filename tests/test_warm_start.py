@@ -19,6 +19,7 @@ UPERNET = dict(decode_head=dict(in_channels=[12, 24, 48, 96], channels=16, num_c
 UPERNET['auxiliary_head'] = dict(in_channels=48, channels=8, num_classes=6)
 MASK_RCNN = dict(
     roi_head=dict(bbox_head=dict(num_classes=5, fc_out_channels=32), mask_head=dict(num_classes=5)),
+    train_cfg=dict(rcnn=dict(sampler=dict(num=16))),
     test_cfg=dict(rcnn=dict(score_thr=0.0, max_per_img=10)),
 )
 MODELS = {

@@ -1,6 +1,5 @@
 """The wheel, built from the source distribution and installed into a folder of its own, without the repository."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import yaml
 from conftest import ROOT
 
 import e3va_mm
+from benchmarks.tests.forked import environment
 
 NAME = 'camvid/e3va-swin-nano_upernet_1xb16-600_camvid-352x480'
 # What a small machine needs, and images of another size.
@@ -29,12 +29,12 @@ _SMALL = [
 ]
 
 
-def run(*command, cwd: Path, **environment) -> str:
-    """What a command prints that succeeds."""
+def run(*command, cwd: Path, path='') -> str:
+    """What a command prints that succeeds, with the package in the folder ``path``."""
     call = subprocess.run(
         [*map(str, command)],
         cwd=cwd,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **environment},
+        env=environment(str(path)),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -76,7 +76,7 @@ def trained(site, data, tmp_path_factory) -> tuple[Path, str]:
     paths = [f'{kind}_dataloader.dataset.data_root={data}' for kind in ('train', 'val', 'test')]
     options = [*_SMALL, *paths]
     command = [site / 'bin/e3va-train', f'e3va_mm::{NAME}', '--work-dir', folder, '--cfg-options', *options]
-    return folder, run(*command, cwd=folder, PYTHONPATH=str(site))
+    return folder, run(*command, cwd=folder, path=site)
 
 
 def test_a_config_is_trained_by_its_name(trained):
@@ -89,7 +89,7 @@ def test_a_checkpoint_alone_is_tested(site, trained, tmp_path):
     """By the config that it holds, and with flags before it."""
     folder, log = trained
     command = [site / 'bin/e3va-test', '--work-dir', tmp_path, folder / 'iter_2.pth']
-    tested = run(*command, cwd=tmp_path, PYTHONPATH=str(site))
+    tested = run(*command, cwd=tmp_path, path=site)
     metrics = [re.findall(r'mIoU: ([\d.]+)', printed)[-1] for printed in (log, tested)]
     assert metrics[0] == metrics[1]
 
@@ -97,11 +97,11 @@ def test_a_checkpoint_alone_is_tested(site, trained, tmp_path):
 def test_an_adapter_alone_predicts(site, data, trained, tmp_path):
     """Its config is in it; the pictures are those that config and checkpoint give."""
     folder, _ = trained
-    path, config = str(site), folder / f'{Path(NAME).name}.py'
-    run(site / 'bin/e3va-publish', folder / 'iter_2.pth', 'adapter.safetensors', cwd=tmp_path, PYTHONPATH=path)
+    config = folder / f'{Path(NAME).name}.py'
+    run(site / 'bin/e3va-publish', folder / 'iter_2.pth', 'adapter.safetensors', cwd=tmp_path, path=site)
     for arguments, target in (['adapter.safetensors'], 'alone'), ([config, folder / 'iter_2.pth'], 'both'):
         command = [site / 'bin/e3va-infer', data / 'images/val', '--out-dir', target, *arguments]
-        run(*command, cwd=tmp_path, PYTHONPATH=path)
+        run(*command, cwd=tmp_path, path=site)
     alone, both = (sorted((tmp_path / target).iterdir()) for target in ('alone', 'both'))
     assert [picture.name for picture in alone] == ['0.png', '1.png']
     assert [one.read_bytes() for one in alone] == [other.read_bytes() for other in both]
@@ -124,7 +124,7 @@ def test_a_config_may_derive_from_one_of_the_package(site, tmp_path):
         "print(e3va_mm.__file__, config.default_scope, config.model.backbone.backbone.get('_scope_'))"
     )
     for root in (site, ROOT):
-        printed = run(sys.executable, '-c', code, cwd=tmp_path, PYTHONPATH=str(root))
+        printed = run(sys.executable, '-c', code, cwd=tmp_path, path=root)
         assert f'{root / "e3va_mm/__init__.py"} mmdet None' in printed
 
 

@@ -1,8 +1,5 @@
 """Shared pieces: the scripts as one runs them, and the generated data set."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,19 +7,14 @@ import pytest
 from benchmarks.shapes import write_shapes
 from benchmarks.training import ROOT
 
+from .forked import environment, run_script
+
 
 def script(*command, ok=True) -> str:
     """Runs a script of the repository; returns all that it printed."""
-    call = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert (call.returncode == 0) == ok, call.stdout[-3000:]
-    return call.stdout
+    code, output = run_script([*map(str, command)], ROOT, environment())
+    assert (code == 0) == ok, output[-3000:]
+    return output
 
 
 SHAPES = 'configs/shapes/swin-nano_upernet_1xb8-600_shapes-96x96.py'

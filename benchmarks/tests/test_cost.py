@@ -11,6 +11,7 @@ from mmengine.config import Config
 from benchmarks import cost, measure
 from benchmarks.bench import Bench
 from benchmarks.methods import backbone_of
+from e3va_mm.hooks.report import count_parameters
 
 from .conftest import script
 
@@ -83,6 +84,15 @@ def test_peaks_are_extrapolated():
     assert measure.extrapolate({2: 500, 4: 900}, 600) == 3
 
 
+@pytest.mark.parametrize('method', ['full', 'frozen', 'e3va'])
+def test_gradients_are_those_of_what_is_trained(method):
+    case = dict(CASE, backbone=backbone_of(method))
+    (found,) = measure.measure_gradients([case])
+    trained = {part: count['trainable'] for part, count in count_parameters(Bench(case).model).items()}
+    assert found['gradients_mib'] * measure.MIB == 4 * sum(trained.values())
+    assert found['backbone_mib'] * measure.MIB == 4 * (trained['backbone'] + trained.get('highway', 0))
+
+
 def test_methods_share_heads_and_batches():
     """Nothing is learnt, so a head whose work depends on what it predicts has the same of it in every step."""
     losses = []
@@ -100,6 +110,7 @@ def test_methods_share_heads_and_batches():
 def test_masks_come_from_the_host_in_each_step():
     """A byte a pixel, as a loader has them; moved at each crop, or once a step."""
     case = dict(CASE, config='configs/nuclei/mask-rcnn_swin-nano_fpn_1xb8-300_nuclei.py', image_size=[64, 96])
+    case['cfg_options'] = {'model.train_cfg.rcnn.sampler.num': 16}
     kinds = []
     for method in ('full', 'full+masks'):
         bench = Bench(dict(case, method=method, backbone=backbone_of(method)))

@@ -101,6 +101,20 @@ def test_fits():
     assert lines[2] == '| RetinaNet Swin-L, 800 × 1344 | full fine-tuning | – | 5 | 32+ |'
 
 
+def test_gradients(tmp_path):
+    sizes = {'full': (892.4, 743.9), 'e3va': (155.2, 6.94)}
+    case = dict(image_size=[512, 512], data='synthetic', model='upernet swin-l', batch_size=2)
+    cases = {
+        method: {**case, 'method': method, 'runs': [dict(gradients_mib=whole, backbone_mib=part)]}
+        for method, (whole, part) in sizes.items()
+    }
+    path = tmp_path / 'results.json'
+    path.write_text(json.dumps({'cases': cases}))
+    titles, _, *lines = cost_tables.report(cost_tables.load_rows(path)).splitlines()
+    assert titles == '| MiB a step / of the backbone | UPerNet Swin-L, 512² |'
+    assert lines == ['| full fine-tuning | 892 / 743.9 |', '| E³VA | 155 / 6.9 |']
+
+
 def test_formats():
     assert [formats.memory(mib) for mib in (1.2, 4095, 10240)] == ['1 MiB', '4095 MiB', '10.0 GiB']
     assert formats.span([1.234, 1.0]) == '1.00–1.23' and formats.span(iter([1, 1.001])) == '1.00'

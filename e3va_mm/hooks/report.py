@@ -73,22 +73,59 @@ def format_table(counts: dict[str, dict[str, int]], rates: dict[str, set[float]]
     return '\n'.join(lines)
 
 
+def gradient_bytes(model: nn.Module) -> int:
+    """Size of a step's gradients, each in the dtype of its parameter: what several processes exchange in every step."""
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained)
+
+
+def synchronized_parts(model: nn.Module) -> list[str]:
+    """The children of a model, such as ``decode_head``, in which SyncBN takes the statistics of all processes."""
+    norms = (
+        name
+        for name, module in model.named_modules()
+        # torch's and mmcv's have the same name. Those of a frozen backbone are in eval, and wait for nobody.
+        if type(module).__name__ == 'SyncBatchNorm' and module.training
+    )
+    return list(dict.fromkeys(name.partition('.')[0] for name in norms))
+
+
+def describe_exchange(model: nn.Module, num_processes: int) -> list[str]:
+    """What a step of several processes exchanges, and what of that can be spared; of one process nothing."""
+    if num_processes == 1:
+        return []
+    lines = [f'Each of {num_processes} processes exchanges {gradient_bytes(model) / MIB:.1f} MiB of gradients a step']
+    parts = synchronized_parts(model)
+    if parts:
+        lines.append(
+            f'SyncBN in {", ".join(parts)} waits for all processes at every norm, of UPerNet on two GPUs a quarter of '
+            "the step: with 4 images a GPU or more try norm_cfg=dict(type='BN') there, or GN; see docs/several_gpus.md"
+        )
+    return lines
+
+
 @HOOKS.register_module()
 class ParameterTableHook(Hook):
-    """Logs one table of trainable and frozen parameters, and their learning rates, by part when training starts."""
+    """Logs one table of trainable and frozen parameters, and their learning rates, by part when training starts.
+
+    Where several processes train, it also logs how much they exchange in a step, and names heads that use SyncBN.
+    """
 
     def before_train(self, runner) -> None:
         model, wrapper = _unwrap(runner.model), runner.optim_wrapper
         wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
         rates = learning_rates(model, [each.optimizer for each in wrappers])
         runner.logger.info(f'Parameters by part\n{format_table(count_parameters(model), rates)}')
+        for line in describe_exchange(model, runner.world_size):
+            runner.logger.info(line)
 
 
 @HOOKS.register_module()
 class ResourceReportHook(Hook):
     """Logs peak memory and step time as scalars, and writes ``run_report.json`` beside the checkpoints.
 
-    The report also holds the parameters by part and the metrics of the last validation.
+    The report also holds the parameters by part, the bytes of their gradients (what each of several processes exchanges
+    in a step; one alone exchanges none), and the metrics of the last validation.
 
     Memory is the peak of allocated CUDA memory since the start of training; without CUDA, the peak resident set of
     the process. A step is forward, backward and optimizer, without the wait for data.
@@ -147,6 +184,7 @@ class ResourceReportHook(Hook):
             'step_seconds_median': round(statistics.median(steps), 5),
             'step_seconds_spread': [round(min(steps), 5), round(max(steps), 5)],
             'parameters': count_parameters(_unwrap(runner.model)),
+            'gradient_bytes': gradient_bytes(_unwrap(runner.model)),
             'checkpoint_bytes': _last_checkpoint_bytes(runner),
             'metrics': to_plain(self.metrics),
         }
