@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner, set_random_seed
+from torch.nn.parallel import DistributedDataParallel
 
 from e3va_mm.hooks.amp import run_in_float32
 from e3va_mm.launch import enable_amp
@@ -25,12 +27,13 @@ class Bench:
     Args:
         case: ``config``, ``backbone`` (see :func:`benchmarks.methods.backbone_of`), ``precision``, ``image_size``
             (H, W), ``data`` ('synthetic' or 'real') and ``cfg_options``; with the option ``masks`` in its ``method``,
-            ground-truth masks are moved to the device once a step, as under ``DeviceMasksHook``.
+            ground-truth masks are moved to the device once a step, as under ``DeviceMasksHook``; with ``sharded``,
+            frozen blocks are sharded over the processes, as under ``ShardingRunner``.
     """
 
     def __init__(self, case: dict) -> None:
         self.case = case
-        self.moves_masks_once = 'masks' in case.get('method', '').split('+')
+        self.options = case.get('method', '').split('+')
         config = Config.fromfile(case['config'])
         init_default_scope(config.default_scope)
         config.merge_from_dict(case['cfg_options'])
@@ -56,12 +59,18 @@ class Bench:
         return MODELS.build(config)
 
     def to_device(self) -> None:
+        """With those of the other processes, if there are any: they exchange gradients."""
         if self.device.type == 'cuda':
             torch.cuda.empty_cache()
+        if 'sharded' in self.options:
+            from e3va_mm.sharding import shard_frozen
+
+            shard_frozen(self.model)
         self.model.to(self.device).train()
         if self.case['precision'] == 'amp-bf16':
             run_in_float32(self.model)
         self.optim = build_optim_wrapper(self.model, self.config.optim_wrapper)
+        self.replica = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
 
     def load_batch(self, batch_size: int) -> None:
         # Of random and numpy too, which draw the crops and sizes of real data.
@@ -72,13 +81,13 @@ class Bench:
 
     def step(self) -> None:
         """What mmengine's ``train_step`` does with a batch that is already on the device, all but its masks."""
-        if self.moves_masks_once:
+        if 'masks' in self.options:
             from e3va_mm.device_masks import move_masks_once
 
             # None is on the device yet, as a loader brings them.
             move_masks_once(self.batch['data_samples'])
         with self.optim.optim_context(self.model):
-            losses = self.model(**self.batch, mode='loss')
+            losses = self.replica(**self.batch, mode='loss')
         loss, _ = self.model.parse_losses(losses)
         self.optim.update_params(loss)
 

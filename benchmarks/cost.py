@@ -37,7 +37,7 @@ TASKS = {
     'cascade-mask-rcnn': ('configs/coco/cascade-mask-rcnn_swin-{short}-*.py', (800, 1344)),
     'retinanet': ('configs/voc/retinanet_swin-{short}-*.py', (800, 1344)),
 }
-SETTING = ('model', 'image_size', 'precision', 'batch_size')
+SETTING = ('model', 'image_size', 'precision', 'batch_size', 'gpus')
 SIZES = {'t': 'tiny', 's': 'small', 'b': 'base', 'l': 'large'}
 
 
@@ -53,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     add('--precisions', nargs='+', default=['fp32'], choices=('fp32', 'amp-fp16', 'amp-bf16'))
     add('--batch-sizes', nargs='+', type=int, default=[2])
     add('--image-sizes', nargs='+', type=_image_size, help="HxW; default: the task's own")
+    add('--gpus', nargs='+', type=int, default=[1], help='that train together, each with a batch of its own')
     add('--data', choices=('synthetic', 'real'), default='synthetic', help="real: the config's own data")
     add('--packages', nargs='+', type=_labelled, help='LABEL=FOLDER: e3va_mm, and what is beside it; default: ours')
     add('--steps', type=int, default=20, help='measured steps of a case')
@@ -97,11 +98,12 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     cases = {}
     batches = ['largest'] if args.measure == 'fits' else args.batch_sizes
     packages = args.packages or [(None, None)]
-    grid = itertools.product(models(args), args.precisions, args.image_sizes or [None], batches, args.methods, packages)
-    for (model, config, default_size), precision, image_size, batch, method, (label, folder) in grid:
+    sizes = args.image_sizes or [None]
+    grid = itertools.product(models(args), args.precisions, sizes, batches, args.methods, packages, args.gpus)
+    for (model, config, default_size), precision, image_size, batch, method, (label, folder), gpus in grid:
         height, width = image_size or default_size
         name = f'{model}, {height}x{width}, batch {batch}, {precision}, {method}, {args.data}'
-        cases[name + (f', {label}' if label else '')] = {
+        cases[name + (f', {label}' if label else '') + (f', {gpus} GPUs' if gpus > 1 else '')] = {
             'model': model,
             'config': config,
             'method': method,
@@ -111,6 +113,7 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
             'image_size': [height, width],
             'data': args.data,
             'package': label,
+            'gpus': gpus,
             'folder': folder,
             **{key: getattr(args, key) for key in ('steps', 'warmup', 'cfg_options')},
             **({'cards': args.cards, 'most_images': args.most_images} if args.measure == 'fits' else {}),
@@ -141,16 +144,17 @@ def run_job(measure: str, cases: list[dict], lock: str) -> list[dict] | str:
         given.write_text(json.dumps(job))
         # Our benchmarks with the case's packages, also where that is a checkout with benchmarks of its own.
         Path(folder, 'benchmarks').symlink_to(ROOT / 'benchmarks')
-        packages = cases[0]['folder'] or ROOT
+        packages, gpus = cases[0]['folder'] or ROOT, cases[0]['gpus']
+        launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={gpus}'] if gpus > 1 else []
         call = subprocess.run(
-            [sys.executable, str(ROOT / 'benchmarks/measure.py'), str(given), str(target)],
+            [sys.executable, *launcher, str(ROOT / 'benchmarks/measure.py'), str(given), str(target)],
             cwd=ROOT,
             env={**os.environ, 'PYTHONPATH': os.pathsep.join([folder, python_path(packages)])},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        return json.loads(target.read_text()) if call.returncode == 0 else call.stdout[-2000:]
+        return json.loads(target.read_text()) if call.returncode == 0 else call.stdout[-6000:]
 
 
 def main() -> None:

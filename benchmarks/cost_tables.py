@@ -110,6 +110,20 @@ def format_gradients(rows: list[dict]) -> str:
     return table(['MiB a step / of the backbone', *models], lines)
 
 
+def format_scaling(rows: list[dict]) -> str:
+    """Steps of one and of several GPUs, each with a batch of its own; a row a setting and method."""
+    lines = []
+    for group in group_rows(rows, 'model', 'image_size', 'precision', 'batch_size', 'method'):
+        alone = next((row for row in group if row['gpus'] == 1), None)
+        for row in (row for row in group if row['gpus'] > 1):
+            setting = f'{model_of(row)}, batch {row["batch_size"]} a GPU, {row["precision"]}'
+            once = [milliseconds(alone['step_seconds']), memory(alone['peak_memory_mib'])] if alone else ['', '']
+            efficiency = f'{alone["step_seconds"] / row["step_seconds"]:.2f}' if alone else ''
+            cells = [milliseconds(row['step_seconds']), memory(row['peak_memory_mib'])]
+            lines.append([setting, label(row['method']), *once, row['gpus'], *cells, efficiency])
+    return table(['', '', 'step of one', 'memory', 'GPUs', 'step', 'memory of each', 'efficiency'], lines)
+
+
 def format_packages(rows: list[dict]) -> str:
     """What two checkouts cost; a row a setting and method that both have, and ratios to the first of them."""
     first, *others = dict.fromkeys(row['package'] for row in rows)
@@ -131,6 +145,8 @@ def report(rows: list[dict]) -> str:
     """All tables of a result file."""
     if 'of_first' in rows[0]:
         return format_steps(rows)
+    if any(row.get('gpus', 1) > 1 for row in rows):
+        return format_scaling(rows)
     if 'gradients_mib' in rows[0]:
         return format_gradients(rows)
     if 'largest' in rows[0]['runs'][0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib
 import json
+import os
 import random
 import statistics
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
 
 if __name__ == '__main__':
@@ -39,7 +41,9 @@ def measure_cost(cases: list[dict]) -> list[dict]:
         if bench.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats()
         seconds = [bench.timed_step() for _ in range(case['steps'])]
-        memory = {'peak_memory_mib': process_peak_bytes(), 'saved_in_backbone_mib': saved_bytes(bench)}
+        memory = {'peak_memory_mib': process_peak_bytes()}
+        if bench.replica is bench.model:  # not of several processes, which exchange gradients
+            memory['saved_in_backbone_mib'] = saved_bytes(bench)
     except torch.OutOfMemoryError:
         return [{'batch_size': case['batch_size'], 'out_of_memory': True}]
     memory = {key: round(count / MIB, 1) for key, count in memory.items()}
@@ -182,8 +186,23 @@ def main() -> None:
     importlib.import_module(f'{Config.fromfile(job["cases"][0]["config"]).default_scope}.models')
     with open(job['lock'], 'w') as lock:
         # Until it is its turn, a process only loads libraries, and leaves device and processor to others.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        target.write_text(json.dumps(MEASURES[job['measure']](job['cases'])))
+        if int(os.environ.get('RANK', 0)) == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        join_others()
+        results = MEASURES[job['measure']](job['cases'])
+        if is_main_process():
+            target.write_text(json.dumps(results))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def join_others() -> None:
+    """The processes that torchrun has started beside this one, if there are any."""
+    if 'LOCAL_RANK' not in os.environ:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    torch.distributed.init_process_group()
 
 
 if __name__ == '__main__':

@@ -30,8 +30,9 @@ OPTIONS = {
     'mixerN': ('mixers of width {}', {'mixer.width': 'N'}),
     'rankN': ('rank {}', {'adapter.rank': 'N'}),
     'graphN': ('{} stage(s) in the graph', {'graph_stages': 'N'}),
-    # Of any method, and of the detector in place of its backbone: see benchmarks/bench.py.
+    # Of any method, and not of its backbone's config: see benchmarks/bench.py.
     'masks': ('masks moved once', {}),
+    'sharded': ('frozen blocks sharded', {}),
 }
 # Parts of E³VA whose learning rate an option multiplies, in units of the head's: ``rate3`` by 3, ``rate03`` by 0.3.
 RATES = {'rateN': ('rate × {}', ('highway', 'mixers')), 'mixrateN': ("mixers' rate × {}", ('mixers',))}

@@ -184,9 +184,24 @@ shared() {  # many tasks by one frozen pass
     run benchmarks/shared_pass.py --out $results/shared_pass.json --sizes l --image-sizes 512x512 800x1344 --methods e3va+bf16
 }
 
+several() {  # not in all: two GPUs that train together, with norms in the heads that do not wait for the other's
+    local options=(--precisions amp-fp16 --gpus 1 2 --batch-sizes 4 --steps 20 --warmup 5 --methods e3va+bf16 frozen lora full)
+    local bbox=model.roi_head.bbox_head
+    measure several_gpus --tasks upernet --sizes l "${options[@]}" \
+        --cfg-options model.{decode,auxiliary}_head.norm_cfg.type=BN
+    measure several_gpus --tasks retinanet --sizes l "${options[@]}"
+    measure several_gpus --tasks cascade-mask-rcnn --sizes b "${options[@]}" --cfg-options $bbox.{0,1,2}.norm_cfg.type=BN
+    measure several_gpus_syncbn --tasks upernet --sizes l "${options[@]}"
+    measure several_gpus --tasks --configs configs/ade20k/dinov3-7b_upernet_8xb2-160k_ade20k-512x512.py \
+        --precisions amp-fp16 --gpus 2 --batch-sizes 2 --steps 8 --warmup 3 --methods e3va+bf16{,+sharded}
+}
+
 parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads cost giants steps masks shared'
 for part in ${*:-$parts}; do
-    [[ " $parts operators " == *" $part "* ]] || { echo "unknown part $part; known are $parts operators" >&2; exit 2; }
+    [[ " $parts operators several " == *" $part "* ]] || {
+        echo "unknown part $part; known are $parts operators several" >&2
+        exit 2
+    }
     "$part"
 done
 [ $missing = 0 ] && echo 'results are complete' || { echo 'results are not complete: run this again'; exit 1; }

@@ -45,6 +45,20 @@ def test_steps_in_turn(tmp_path):
     assert f'| {1000 * seconds:.0f} ms | {ratio:.2f} (' in log
 
 
+def test_several_processes(tmp_path):
+    """Each with a batch of its own; frozen blocks whole, or sharded."""
+    out = tmp_path / 'out.json'
+    norms = [f'model.{head}.norm_cfg.type=BN' for head in ('decode_head', 'auxiliary_head')]
+    command = ['benchmarks/cost.py', '--out', out, *SMALL, '--steps', '2', '--cfg-options', *norms]
+    log = script(*command, '--gpus', '1', '2', '--methods', 'e3va')
+    one, two = json.loads(out.read_text())['cases'].values()
+    ratio = one['runs'][0]['step_seconds'] / two['runs'][0]['step_seconds']
+    assert [one['gpus'], two['gpus']] == [1, 2] and f' | 2 | {1000 * two["runs"][0]["step_seconds"]:.0f} ms | ' in log
+    assert log.strip().endswith(f' | {ratio:.2f} |')
+    log = script(*command, '--gpus', '2', '--methods', 'e3va+sharded')
+    assert '| E³VA, frozen blocks sharded |  |  | 2 | ' in log
+
+
 def test_another_checkout_is_measured(tmp_path):
     """With its package, whatever benchmarks it has, and not with ours."""
     for name, text in (('e3va_mm', "raise ImportError('theirs')"), ('benchmarks', "raise ImportError('not ours')")):
