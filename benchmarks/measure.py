@@ -198,7 +198,7 @@ def main() -> None:
 
 def join_others() -> None:
     """The processes that torchrun has started beside this one, if there are any."""
-    if 'LOCAL_RANK' not in os.environ:
+    if not torch.distributed.is_torchelastic_launched():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,15 @@ def fingerprint(tensors: dict[str, Tensor]) -> Tensor:
     Returns:
         (len(tensors),) int64 on the CPU. Being a tensor, it passes through every way of saving a state dict.
     """
-    return torch.tensor([_hash(name, tensor) for name, tensor in tensors.items()], dtype=torch.int64)
+    # Hashing leaves the interpreter to the other threads; of giants it would take most of a minute.
+    with ThreadPoolExecutor() as pool:
+        return torch.tensor(list(pool.map(_hash, tensors.keys(), tensors.values())), dtype=torch.int64)
 
 
 def _hash(name: str, tensor: Tensor) -> int:
     digest = hashlib.blake2b(f'{name} {tuple(tensor.shape)}'.encode(), digest_size=8)
-    values = tensor.detach().cpu()
-    digest.update((values.float() if values.is_floating_point() else values).numpy().tobytes())
+    values = tensor.detach().cpu().flatten()
+    digest.update((values.float() if values.is_floating_point() else values).numpy())
     return int.from_bytes(digest.digest(), 'little', signed=True)
 
 
