@@ -23,7 +23,7 @@ if __name__ == '__main__':
     del sys.path[0]
 
 from benchmarks.bench import Bench
-from e3va_mm.hooks.report import MIB, gradient_bytes, process_peak_bytes
+from e3va_mm.hooks.report import MIB, process_peak_bytes
 
 GIB = 2**30
 # What a desktop and CUDA itself take of a card, which is no memory of PyTorch's.
@@ -171,6 +171,8 @@ def largest_batch(fits: Callable[[int], bool], guess: int, least: int, most: int
 
 def measure_gradients(cases: list[dict]) -> list[dict]:
     """Of one case: MiB of gradients that each of several processes exchanges in a step, and how many the backbone's."""
+    from e3va_mm.hooks.report import gradient_bytes  # which earlier checkouts have not
+
     (case,) = cases
     model = Bench(case).model
     return [{'gradients_mib': gradient_bytes(model) / MIB, 'backbone_mib': gradient_bytes(model.backbone) / MIB}]
