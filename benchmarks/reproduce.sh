@@ -149,6 +149,14 @@ giants() {  # the larger the backbone, the more of the memory is its weights'
     giant cost_giants dinov2-g --image-sizes 896x896 --batch-sizes 2 --steps 8 --warmup 3 --methods "${methods[@]}"
 }
 
+growth() {  # with the size of images, and with that of the backbone
+    local methods=(full lora frozen e3va+bf16) name=upernet_8xb2-160k_ade20k-512x512.py
+    grow() { measure "$1" --tasks upernet --precisions amp-fp16 --batch-sizes 2 --steps 8 --warmup 3 "${@:2}"; }
+    grow growth_images --sizes l --configs "configs/ade20k/dinov2-l_$name" \
+        --image-sizes 512x512 1024x1024 1536x1536 2048x2048 --methods "${methods[@]}"
+    grow growth_backbones --sizes t s b l --configs configs/ade20k/{dinov2-{l,g},dinov3-7b}_$name --methods "${methods[@]}"
+}
+
 operators() {  # not in all: PURE_MMCV is a folder with an mmcv that has no compiled operators; the interpreter's own has
     ln -sfn "$PWD/e3va_mm" "${PURE_MMCV:?}/e3va_mm"
     local packages=(compiled="$PWD" ours="$PURE_MMCV") options=(--steps 20 --warmup 5 --tasks --methods e3va+bf16)
@@ -196,7 +204,7 @@ several() {  # not in all: two GPUs that train together, with norms in the heads
         --precisions amp-fp16 --gpus 2 --batch-sizes 2 --steps 8 --warmup 3 --methods e3va+bf16{,+sharded}
 }
 
-parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads cost giants steps masks shared'
+parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads cost giants growth steps masks shared'
 for part in ${*:-$parts}; do
     [[ " $parts operators several " == *" $part "* ]] || {
         echo "unknown part $part; known are $parts operators several" >&2
