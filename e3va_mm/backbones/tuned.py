@@ -31,6 +31,7 @@ class TunedBackbone(FrozenBackbone):
         self, backbone: dict | nn.Module, method: dict, frozen_dtype: str | None = None, init_cfg: dict | None = None
     ) -> None:
         super().__init__(backbone, frozen_dtype, init_cfg)
+        # On the host, where it takes no room of the device's.
         stock = copy.deepcopy(self.backbone).cpu()
         self._stock_names = super().stock_names()
         self.method = build_method(self.family, method)
