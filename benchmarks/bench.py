@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -65,18 +67,23 @@ class Bench:
         if 'sharded' in self.options:
             from e3va_mm.sharding import shard_frozen
 
+            # Nothing is read: a fingerprint of random weights tells nothing, and a giant's copy for it takes a minute.
+            self.model.backbone._base_is_loaded = True
             shard_frozen(self.model)
         self.model.to(self.device).train()
         if self.case['precision'] == 'amp-bf16':
             run_in_float32(self.model)
         self.optim = build_optim_wrapper(self.model, self.config.optim_wrapper)
-        self.replica = DistributedDataParallel(self.model) if dist.is_initialized() else self.model
+        # As mmengine's Runner has it.
+        replicate = partial(DistributedDataParallel, broadcast_buffers=False)
+        self.replica = replicate(self.model) if dist.is_initialized() else self.model
 
-    def load_batch(self, batch_size: int) -> None:
+    def load_batch(self, batch_size: int, image_size: Sequence[int] | None = None) -> None:
+        """A batch of the case's image size, or another."""
         # Of random and numpy too, which draw the crops and sizes of real data.
         set_random_seed(2)
         make = real_batch if self.case['data'] == 'real' else synthetic_batch
-        batch = make(self.config, batch_size, self.case['image_size'])
+        batch = make(self.config, batch_size, image_size or self.case['image_size'])
         self.batch = self.model.data_preprocessor(batch, training=True)
 
     def step(self) -> None:
@@ -132,7 +139,7 @@ def real_batch(config: Config, batch_size: int, _) -> dict:
     return next(iter(Runner.build_dataloader(config.train_dataloader, seed=0)))
 
 
-def synthetic_batch(config: Config, batch_size: int, image_size: tuple[int, int]) -> dict:
+def synthetic_batch(config: Config, batch_size: int, image_size: Sequence[int]) -> dict:
     """Random images of one size, with random labels in blocks or 10 random boxes and masks an image."""
     make = _detection_batch if config.default_scope == 'mmdet' else _segmentation_batch
     return make(config.model, batch_size, *image_size)

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Memory and time of training steps: tasks, backbone sizes, methods, precisions and batch sizes in one JSON file.
 
-What is measured: ``cost`` (the default), each case in a process of its own; ``in-turn``, a step of each method in turn
+What is measured: ``cost`` (the default), each case in a process of its own, or all sizes of a model's images
+``--together``, which takes less time; ``in-turn``, a step of each method in turn
 in one process, and the ratio to the first method in the same round, since processes differ in speed more than methods;
-``fits``, the largest batch in the memory of each of ``--cards``; ``gradients``, what each of several processes sends
-in a step.
+``fits``, the largest batch in the memory of each of ``--cards``, and the cost of the smallest; ``gradients``, what each
+of several processes sends in a step. With ``--gpus`` steps are timed together, and in the same processes alone.
 
 Repeats are interleaved: all cases once, then all again. Cases that are already in the file are not repeated. At the end
 the tables of the file are printed. Checkouts are compared by ``--packages``.
@@ -38,6 +39,7 @@ TASKS = {
     'retinanet': ('configs/voc/retinanet_swin-{short}-*.py', (800, 1344)),
 }
 SETTING = ('model', 'image_size', 'precision', 'batch_size', 'gpus')
+BENCH = ('model', 'method', 'precision', 'gpus', 'package')
 SIZES = {'t': 'tiny', 's': 'small', 'b': 'base', 'l': 'large'}
 
 
@@ -56,6 +58,11 @@ def parse_args() -> argparse.Namespace:
     add('--gpus', nargs='+', type=int, default=[1], help='that train together, each with a batch of its own')
     add('--data', choices=('synthetic', 'real'), default='synthetic', help="real: the config's own data")
     add('--packages', nargs='+', type=_labelled, help='LABEL=FOLDER: e3va_mm, and what is beside it; default: ours')
+    add(
+        '--together',
+        action='store_true',
+        help='batches of a model in one process; on a CPU, memory is the largest',
+    )
     add('--steps', type=int, default=20, help='measured steps of a case')
     add('--warmup', type=int, default=5, help='steps before them')
     add('--repeats', type=int, default=1, help='times that each case is run')
@@ -68,6 +75,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.measure == 'in-turn' and args.packages:
         parser.error('--packages have processes of their own, and can not be measured --measure in-turn')
+    if args.together and args.measure != 'cost':
+        parser.error(f'--together is for --measure cost, not {args.measure}')
     return args
 
 
@@ -121,11 +130,12 @@ def plan(args: argparse.Namespace) -> dict[str, dict]:
     return cases
 
 
-def jobs_of(cases: dict[str, dict], measure: str) -> list[list[str]]:
-    """The names of the cases that a process measures: one, or all methods of a setting in turn."""
-    if measure != 'in-turn':
+def jobs_of(cases: dict[str, dict], measure: str, together: bool = False) -> list[list[str]]:
+    """The names of the cases that a process measures: one, those of a model, or all methods of a setting in turn."""
+    if measure != 'in-turn' and not together:
         return [[name] for name in cases]
-    groups = group_rows([{**case, 'name': name} for name, case in cases.items()], *SETTING)
+    keys = SETTING if measure == 'in-turn' else BENCH
+    groups = group_rows([{**case, 'name': name} for name, case in cases.items()], *keys)
     return [[case['name'] for case in group] for group in groups]
 
 
@@ -162,8 +172,12 @@ def main() -> None:
     out, cases, failed, started = Path(args.out), plan(args), 0, time.monotonic()
     content = json.loads(out.read_text()) if out.is_file() else {'cases': {}}
     counts = {name: len(content['cases'].get(name, {}).get('runs', ())) for name in cases}
-    jobs = jobs_of(cases, args.measure)
-    missing = [job for repeat in range(args.repeats) for job in jobs if min(map(counts.get, job)) <= repeat]
+    jobs = jobs_of(cases, args.measure, args.together)
+    missing = []
+    for repeat, job in itertools.product(range(args.repeats), jobs):
+        left = [name for name in job if counts[name] <= repeat]
+        # A step in turn is in units of the first one's.
+        missing += [job if args.measure == 'in-turn' else left] if left else []
 
     def run(job: list[str]) -> list[dict] | str | None:
         if time.monotonic() - started > args.time_limit:

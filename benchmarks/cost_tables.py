@@ -93,13 +93,18 @@ def format_steps(rows: list[dict]) -> str:
 
 
 def format_fits(rows: list[dict]) -> str:
-    """The largest batch that trains in the memory of a card; a row a model and method."""
+    """The largest batch that trains in the memory of a card, and the cost of the smallest; a row a model and method."""
+    runs = [row['runs'][0] for row in rows]
+    titles = [f'{card} GB' for card in runs[0]['largest']]
+    has_costs = any('cost' in run for run in runs)
     lines = []
-    for row in rows:
-        (run,) = row['runs'][:1]
-        cells = (f'{count}+' if count == run['most_images'] else count or '–' for count in run['largest'].values())
+    for row, run in zip(rows, runs):
+        cells = [f'{count}+' if count == run['most_images'] else count or '–' for count in run['largest'].values()]
+        if has_costs:
+            cost = run.get('cost')
+            cells += [memory(cost['peak_memory_mib']), milliseconds(cost['step_seconds'])] if cost else ['', '']
         lines.append([model_of(row), label(row['method']), *cells])
-    return table(['', 'largest batch', *(f'{card} GB' for card in rows[0]['runs'][0]['largest'])], lines)
+    return table(['', 'largest batch', *titles, *(['memory of the smallest', 'step'] if has_costs else [])], lines)
 
 
 def format_gradients(rows: list[dict]) -> str:
@@ -111,17 +116,15 @@ def format_gradients(rows: list[dict]) -> str:
 
 
 def format_scaling(rows: list[dict]) -> str:
-    """Steps of one and of several GPUs, each with a batch of its own; a row a setting and method."""
+    """Steps of a GPU alone, of all without exchange, and of all together; a row a setting and method."""
     lines = []
-    for group in group_rows(rows, 'model', 'image_size', 'precision', 'batch_size', 'method'):
-        alone = next((row for row in group if row['gpus'] == 1), None)
-        for row in (row for row in group if row['gpus'] > 1):
-            setting = f'{model_of(row)}, batch {row["batch_size"]} a GPU, {row["precision"]}'
-            once = [milliseconds(alone['step_seconds']), memory(alone['peak_memory_mib'])] if alone else ['', '']
-            efficiency = f'{alone["step_seconds"] / row["step_seconds"]:.2f}' if alone else ''
-            cells = [milliseconds(row['step_seconds']), memory(row['peak_memory_mib'])]
-            lines.append([setting, label(row['method']), *once, row['gpus'], *cells, efficiency])
-    return table(['', '', 'step of one', 'memory', 'GPUs', 'step', 'memory of each', 'efficiency'], lines)
+    for row in (row for row in rows if row['gpus'] > 1):
+        setting = f'{model_of(row)}, batch {row["batch_size"]} a GPU'
+        cells = [milliseconds(row[key]) if row.get(key) else '' for key in ('alone_seconds', 'apart_seconds')]
+        efficiency = f'{row["alone_seconds"] / row["step_seconds"]:.2f}' if row.get('alone_seconds') else ''
+        cells += [milliseconds(row['step_seconds']), efficiency]
+        lines.append([setting, label(row['method']), row['gpus'], memory(row['peak_memory_mib']), *cells])
+    return table(['', '', 'GPUs', 'memory of each', 'step of one', 'of each, apart', 'together', 'efficiency'], lines)
 
 
 def format_packages(rows: list[dict]) -> str:

@@ -17,6 +17,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
+from torch import nn
 
 if __name__ == '__main__':
     # This folder, where libraries would find coverage.py under the name of the package.
@@ -31,23 +32,65 @@ TAKEN_GIB = 0.5
 
 
 def measure_cost(cases: list[dict]) -> list[dict]:
-    """Of one case: peak memory, the time of a step, and what the backbone keeps for the backward pass."""
-    (case,) = cases
-    bench = Bench(case)
+    """Of one model with several batches, each case's :func:`cost`."""
+    bench = Bench(cases[0])
+    if not fits_device(bench):
+        return [{'batch_size': case['batch_size'], 'out_of_memory': True} for case in cases]
+    return [cost(bench, case) for case in cases]
+
+
+def cost(bench: Bench, case: dict) -> dict:
+    """Peak memory, the time of a step, and what the backbone keeps for the backward pass.
+
+    Of several processes, what the backbone keeps is not measured, but the time of a step without the others.
+    """
     try:
-        bench.to_device()
-        bench.load_batch(case['batch_size'])
+        bench.load_batch(case['batch_size'], case['image_size'])
         bench.warm_up(case['warmup'])
         if bench.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats()
         seconds = [bench.timed_step() for _ in range(case['steps'])]
-        memory = {'peak_memory_mib': process_peak_bytes()}
-        if bench.replica is bench.model:  # not of several processes, which exchange gradients
+        memory, times = {'peak_memory_mib': process_peak_bytes()}, quartiles('step_seconds', seconds)
+        if bench.replica is bench.model:
             memory['saved_in_backbone_mib'] = saved_bytes(bench)
+        elif 'sharded' not in bench.options:
+            times.update(apart(bench, case))
     except torch.OutOfMemoryError:
-        return [{'batch_size': case['batch_size'], 'out_of_memory': True}]
+        return {'batch_size': case['batch_size'], 'out_of_memory': True}
+    finally:
+        clear(bench)
     memory = {key: round(count / MIB, 1) for key, count in memory.items()}
-    return [{'batch_size': case['batch_size'], **memory, **quartiles('step_seconds', seconds)}]
+    return {'batch_size': case['batch_size'], **memory, **times}
+
+
+def clear(bench: Bench) -> None:
+    """Lets go of batch and gradients, whether a step has come to its end or not."""
+    bench.batch = None
+    bench.optim.zero_grad()
+    if bench.device.type == 'cuda':
+        torch.cuda.empty_cache()
+
+
+def apart(bench: Bench, case: dict) -> dict:
+    """Quartiles of steps that exchange nothing: of all processes at once, and of the first while the others wait.
+
+    Processes differ in speed, so what several cost is told by the same ones.
+    """
+    own, _ = torch.distributed.new_subgroups(group_size=1)
+    norms = {module: module.process_group for module in bench.model.modules() if isinstance(module, nn.SyncBatchNorm)}
+    for norm in norms:
+        norm.process_group = own
+    replica, bench.replica, times = bench.replica, bench.model, {}
+    for name, takes_part in (('apart_seconds', True), ('alone_seconds', is_main_process())):
+        torch.distributed.barrier()
+        if takes_part:
+            bench.warm_up(case['warmup'])
+            times.update(quartiles(name, [bench.timed_step() for _ in range(case['steps'])]))
+    torch.distributed.barrier()
+    bench.replica = replica
+    for norm, group in norms.items():
+        norm.process_group = group
+    return times
 
 
 def quartiles(name: str, values: list[float]) -> dict:
@@ -103,7 +146,7 @@ def seconds_in_turn(timed: dict[Hashable, Callable[[], float]], rounds: int) -> 
 def measure_fits(cases: list[dict]) -> list[dict]:
     """Of one case: for each card (GB, as it is sold), the largest batch that trains in its memory; 0 if none does.
 
-    Weights are loaded under the same cap, from the host.
+    Weights are loaded under the same cap, from the host. Of the smallest batch, :func:`cost` too.
     """
     (case,) = cases
     bench, peaks, largest, is_loaded = Bench(case), {}, {}, False
@@ -116,7 +159,10 @@ def measure_fits(cases: list[dict]) -> list[dict]:
         guess = extrapolate(peaks, limit) if len(peaks) > 1 else least
         tried = partial(trains, bench, peaks=peaks)
         largest[gigabytes] = largest_batch(tried, guess, least, case['most_images']) if is_loaded else 0
-    return [{'largest': largest, 'most_images': case['most_images'], 'taken_gib': TAKEN_GIB}]
+    found = {'largest': largest, 'most_images': case['most_images'], 'taken_gib': TAKEN_GIB}
+    if any(largest.values()):
+        found['cost'] = cost(bench, {**case, 'batch_size': least})
+    return [found]
 
 
 def limit_memory(limit: float) -> None:
@@ -138,7 +184,9 @@ def fits_device(bench: Bench) -> bool:
 
 
 def trains(bench: Bench, images: int, peaks: dict[int, int]) -> bool:
-    """Whether two steps run; their peak memory (bytes) goes into ``peaks``."""
+    """Whether two steps run, now or under a smaller cap; their peak memory (bytes) goes into ``peaks``."""
+    if images in peaks:
+        return True
     torch.cuda.reset_peak_memory_stats()
     try:
         bench.load_batch(images)
@@ -146,9 +194,7 @@ def trains(bench: Bench, images: int, peaks: dict[int, int]) -> bool:
     except torch.OutOfMemoryError:
         return False
     finally:
-        bench.batch = None
-        bench.optim.zero_grad()
-        torch.cuda.empty_cache()
+        clear(bench)
     peaks[images] = torch.cuda.max_memory_allocated()
     return True
 

@@ -140,21 +140,23 @@ cost() {
 }
 
 giants() {  # the larger the backbone, the more of the memory is its weights'
-    local name=upernet_8xb2-160k_ade20k-512x512.py methods=(e3va+{nf4,int8,bf16} lora+bf16)
-    giant() { measure "$1" --tasks --configs "configs/ade20k/$2_$name" --precisions amp-fp16 "${@:3}"; }
-    giant fits_giants dinov3-7b --measure fits --most-images 16 --methods "${methods[@]}"
-    giant cost_giants dinov3-7b --batch-sizes 2 --steps 8 --warmup 3 --methods "${methods[@]}"
-    giant fits_giants dinov2-g --image-sizes 896x896 --measure fits --most-images 16 --methods "${methods[@]}" full
-    giant fits_giants dinov3-7b --measure fits --most-images 16 --methods full
-    giant cost_giants dinov2-g --image-sizes 896x896 --batch-sizes 2 --steps 8 --warmup 3 --methods "${methods[@]}"
+    local name=upernet_8xb2-160k_ade20k-512x512.py methods=(e3va+{nf4,int8,bf16} {lora,frozen}+bf16)
+    giant() {
+        measure fits_giants --tasks --configs "configs/ade20k/$1_$name" --precisions amp-fp16 --measure fits \
+            --most-images 16 --steps 8 --warmup 3 "${@:2}"
+    }
+    giant dinov3-7b --methods "${methods[@]}"
+    giant dinov2-g --image-sizes 896x896 --methods "${methods[@]}" full
 }
 
 growth() {  # with the size of images, and with that of the backbone
-    local methods=(full lora frozen e3va+bf16) name=upernet_8xb2-160k_ade20k-512x512.py
-    grow() { measure "$1" --tasks upernet --precisions amp-fp16 --batch-sizes 2 --steps 8 --warmup 3 "${@:2}"; }
-    grow growth_images --sizes l --configs "configs/ade20k/dinov2-l_$name" \
-        --image-sizes 512x512 1024x1024 1536x1536 2048x2048 --methods "${methods[@]}"
-    grow growth_backbones --sizes t s b l --configs configs/ade20k/{dinov2-{l,g},dinov3-7b}_$name --methods "${methods[@]}"
+    local methods=(e3va+bf16 full {lora,frozen}+bf16) name=upernet_8xb2-160k_ade20k-512x512.py
+    grow() { measure "$1" --precisions amp-fp16 --batch-sizes 2 --steps 6 --warmup 2 --methods "${methods[@]}" "${@:2}"; }
+    grow growth_images --tasks upernet --sizes l --configs "configs/ade20k/dinov2-l_$name" --together \
+        --image-sizes 512x512 1024x1024 1536x1536 2048x2048
+    grow growth_backbones --tasks --configs benchmarks/configs/dinov3-{s,b}_$name configs/ade20k/dinov3-l_$name
+    grow growth_backbones --tasks upernet --sizes t s b l
+    grow growth_backbones --tasks --configs configs/ade20k/dinov3-7b_$name
 }
 
 operators() {  # not in all: PURE_MMCV is a folder with an mmcv that has no compiled operators; the interpreter's own has
@@ -193,15 +195,19 @@ shared() {  # many tasks by one frozen pass
 }
 
 several() {  # not in all: two GPUs that train together, with norms in the heads that do not wait for the other's
-    local options=(--precisions amp-fp16 --gpus 1 2 --batch-sizes 4 --steps 20 --warmup 5 --methods e3va+bf16 frozen lora full)
-    local bbox=model.roi_head.bbox_head
-    measure several_gpus --tasks upernet --sizes l "${options[@]}" \
-        --cfg-options model.{decode,auxiliary}_head.norm_cfg.type=BN
-    measure several_gpus --tasks retinanet --sizes l "${options[@]}"
-    measure several_gpus --tasks cascade-mask-rcnn --sizes b "${options[@]}" --cfg-options $bbox.{0,1,2}.norm_cfg.type=BN
-    measure several_gpus_syncbn --tasks upernet --sizes l "${options[@]}"
-    measure several_gpus --tasks --configs configs/ade20k/dinov3-7b_upernet_8xb2-160k_ade20k-512x512.py \
-        --precisions amp-fp16 --gpus 2 --batch-sizes 2 --steps 8 --warmup 3 --methods e3va+bf16{,+sharded}
+    local norms=(model.{decode,auxiliary}_head.norm_cfg.type=BN) boxes=(model.roi_head.bbox_head.{0,1,2}.norm_cfg.type=BN)
+    together() { measure "$1" --precisions amp-fp16 --gpus 2 --warmup 3 "${@:2}"; }
+    by() {  # methods
+        local methods=(--batch-sizes 4 --methods "$@")
+        together several_gpus --tasks upernet --sizes l --steps 15 "${methods[@]}" --cfg-options "${norms[@]}"
+        together several_gpus_syncbn --tasks upernet --sizes l --steps 15 "${methods[@]}"
+        together several_gpus --tasks retinanet --sizes l --steps 15 "${methods[@]}"
+        together several_gpus --tasks cascade-mask-rcnn --sizes b --steps 10 "${methods[@]}" --cfg-options "${boxes[@]}"
+    }
+    by e3va+bf16 full
+    together several_gpus --tasks --configs configs/ade20k/dinov3-7b_upernet_8xb2-160k_ade20k-512x512.py --batch-sizes 2 \
+        --steps 8 --methods e3va+bf16{,+sharded} --cfg-options "${norms[@]}"
+    by frozen lora
 }
 
 parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads cost giants growth steps masks shared'

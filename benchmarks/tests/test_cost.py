@@ -50,13 +50,25 @@ def test_several_processes(tmp_path):
     out = tmp_path / 'out.json'
     norms = [f'model.{head}.norm_cfg.type=BN' for head in ('decode_head', 'auxiliary_head')]
     command = ['benchmarks/cost.py', '--out', out, *SMALL, '--steps', '2', '--cfg-options', *norms]
-    log = script(*command, '--gpus', '1', '2', '--methods', 'e3va')
-    one, two = json.loads(out.read_text())['cases'].values()
-    ratio = one['runs'][0]['step_seconds'] / two['runs'][0]['step_seconds']
-    assert [one['gpus'], two['gpus']] == [1, 2] and f' | 2 | {1000 * two["runs"][0]["step_seconds"]:.0f} ms | ' in log
-    assert log.strip().endswith(f' | {ratio:.2f} |')
+    log = script(*command, '--gpus', '2', '--methods', 'e3va')
+    (case,) = json.loads(out.read_text())['cases'].values()
+    alone, _, together = times = [case['runs'][0][f'{name}_seconds'] for name in ('alone', 'apart', 'step')]
+    assert case['gpus'] == 2 and ' | '.join(f'{1000 * seconds:.0f} ms' for seconds in times) in log
+    assert log.strip().endswith(f' | {alone / together:.2f} |')
     log = script(*command, '--gpus', '2', '--methods', 'e3va+sharded')
-    assert '| E³VA, frozen blocks sharded |  |  | 2 | ' in log
+    assert '| E³VA, frozen blocks sharded | 2 | ' in log and 'MiB |  |  | ' in log
+
+
+def test_sizes_of_images_together(tmp_path):
+    """In one process; what the file has already is not measured again."""
+    out = tmp_path / 'out.json'
+    command = ['benchmarks/cost.py', '--out', out, *SMALL, '--steps', '2', '--methods', 'e3va', '--together']
+    script(*command)
+    script(*command, '--image-sizes', '64x96', '96x128', '128x192')
+    cases = json.loads(out.read_text())['cases'].values()
+    assert [case['image_size'] for case in cases] == [[64, 96], [96, 128], [128, 192]]
+    kept = [[run['saved_in_backbone_mib'] for run in case['runs']] for case in cases]
+    assert [len(runs) for runs in kept] == [1, 1, 1] and 1.2 * 1.2 * kept[0][0] < 1.2 * kept[1][0] < kept[2][0]
 
 
 def test_another_checkout_is_measured(tmp_path):
@@ -89,8 +101,10 @@ def test_fits_by_card(monkeypatch):
         return peaks[images] < caps[-1] or peaks.pop(images) < 0
 
     monkeypatch.setattr(measure, 'trains', trains)
+    monkeypatch.setattr(measure, 'cost', lambda bench, case: {'batch_size': case['batch_size']})
     (found,) = measure.measure_fits([{'cards': [24, 4, 8, 80], 'most_images': 16}])
     assert found['largest'] == {4: 0, 8: 0, 24: 8, 80: 16} and found['taken_gib'] == 0.5
+    assert found['cost'] == {'batch_size': 1}
 
 
 def test_peaks_are_extrapolated():

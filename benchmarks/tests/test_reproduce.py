@@ -22,6 +22,7 @@ def call_reproduce(tmp_path, *parts, **variables):
 
 
 def test_what_reproduce_runs_exists(tmp_path, monkeypatch):
+    call_reproduce(tmp_path, 'several')
     call, commands = call_reproduce(tmp_path)
     assert call.returncode == 0 and 'results are complete' in call.stdout and not call.stderr
     scripts = {f'benchmarks/{name}.py' for name in ('grid', 'cost', 'shared_pass')}

@@ -99,6 +99,10 @@ def test_fits():
     lines = cost_tables.report([row]).splitlines()
     assert lines[0] == '|  | largest batch | 8 GB | 12 GB | 80 GB |'
     assert lines[2] == '| RetinaNet Swin-L, 800 × 1344 | full fine-tuning | – | 5 | 32+ |'
+    measured = dict(row, runs=[dict(run, cost=dict(peak_memory_mib=7000, step_seconds=0.2))])
+    lines = cost_tables.report([row, measured]).splitlines()
+    assert lines[0].endswith('| 80 GB | memory of the smallest | step |')
+    assert [line.partition(' 32+ ')[2] for line in lines[2:]] == ['|  |  |', '| 6.8 GiB | 200 ms |']
 
 
 def test_gradients(tmp_path):

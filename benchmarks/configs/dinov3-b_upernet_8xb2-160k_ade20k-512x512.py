@@ -1,0 +1,5 @@
+_base_ = '../../configs/ade20k/dinov3-l_upernet_8xb2-160k_ade20k-512x512.py'
+model = dict(
+    backbone=dict(model_name='vit_base_patch16_dinov3.lvd1689m'),
+    neck=dict(in_channels=[768] * 4),
+)
