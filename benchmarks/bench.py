@@ -30,7 +30,7 @@ class Bench:
         case: ``config``, ``backbone`` (see :func:`benchmarks.methods.backbone_of`), ``precision``, ``image_size``
             (H, W), ``data`` ('synthetic' or 'real') and ``cfg_options``; with the option ``masks`` in its ``method``,
             ground-truth masks are moved to the device once a step, as under ``DeviceMasksHook``; with ``sharded``,
-            frozen blocks are sharded over the processes, as under ``ShardingRunner``.
+            frozen blocks are sharded over the processes, as under ``ShardingRunner``; with ``bn``, SyncBN becomes BN.
     """
 
     def __init__(self, case: dict) -> None:
@@ -44,6 +44,8 @@ class Bench:
             enable_amp(config)
             config.optim_wrapper.dtype = AMP_DTYPES[case['precision']]
         config.optim_wrapper.optimizer.lr = 0
+        if 'bn' in self.options:
+            use_plain_norms(config.model)
         self.config = config
         self.device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         # Drawn on the device, where that takes no time; moved there from the host afterwards, as in a training.
@@ -131,6 +133,15 @@ def set_backbone(config: Config, changes: dict[str, object]) -> None:
     if 'type' in changes:
         config.model.backbone = dict(type=changes['type'], backbone=stock)
     config.merge_from_dict({f'model.backbone.{key}': value for key, value in changes.items()})
+
+
+def use_plain_norms(config: dict | Sequence) -> None:
+    """Makes every SyncBN in a config BN, which waits for no other process."""
+    if isinstance(config, dict) and config.get('type') == 'SyncBN':
+        config['type'] = 'BN'
+    for value in config.values() if isinstance(config, dict) else config:
+        if isinstance(value, (dict, list, tuple)):
+            use_plain_norms(value)
 
 
 def real_batch(config: Config, batch_size: int, _) -> dict:

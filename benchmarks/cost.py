@@ -8,7 +8,8 @@ in one process, and the ratio to the first method in the same round, since proce
 of several processes sends in a step. With ``--gpus`` steps are timed together, and in the same processes alone.
 
 Repeats are interleaved: all cases once, then all again. Cases that are already in the file are not repeated. At the end
-the tables of the file are printed. Checkouts are compared by ``--packages``.
+the tables of the file are printed. Checkouts are compared by ``--packages``. Options before a first ``--and`` are
+common to the sets of options that follow, each of which has cases of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ BENCH = ('model', 'method', 'precision', 'gpus', 'package')
 SIZES = {'t': 'tiny', 's': 'small', 'b': 'base', 'l': 'large'}
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> list[argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--out', required=True, help='JSON file that collects the results')
@@ -72,12 +73,17 @@ def parse_args() -> argparse.Namespace:
     add('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides of all configs')
     add('--time-limit', type=float, default=float('inf'), help='seconds; none is started after them')
     add('--commit', help='recorded in the results; default: asked of git')
-    args = parser.parse_args()
-    if args.measure == 'in-turn' and args.packages:
-        parser.error('--packages have processes of their own, and can not be measured --measure in-turn')
-    if args.together and args.measure != 'cost':
-        parser.error(f'--together is for --measure cost, not {args.measure}')
-    return args
+    parts = [[]]
+    for argument in sys.argv[1:]:
+        parts.append([]) if argument == '--and' else parts[-1].append(argument)
+    common, *others = parts
+    parsed = [parser.parse_args(common + other) for other in others or [[]]]
+    for args in parsed:
+        if args.measure == 'in-turn' and args.packages:
+            parser.error('--packages have processes of their own, and can not be measured --measure in-turn')
+        if args.together and args.measure != 'cost':
+            parser.error(f'--together is for --measure cost, not {args.measure}')
+    return parsed
 
 
 def _image_size(text: str) -> tuple[int, int]:
@@ -168,8 +174,10 @@ def run_job(measure: str, cases: list[dict], lock: str) -> list[dict] | str:
 
 
 def main() -> None:
-    args = parse_args()
-    out, cases, failed, started = Path(args.out), plan(args), 0, time.monotonic()
+    parsed = parse_args()
+    args = parsed[0]
+    cases = {name: case for each in parsed for name, case in plan(each).items()}
+    out, failed, started = Path(args.out), 0, time.monotonic()
     content = json.loads(out.read_text()) if out.is_file() else {'cases': {}}
     counts = {name: len(content['cases'].get(name, {}).get('runs', ())) for name in cases}
     jobs = jobs_of(cases, args.measure, args.together)

@@ -33,6 +33,7 @@ OPTIONS = {
     # Of any method, and not of its backbone's config: see benchmarks/bench.py.
     'masks': ('masks moved once', {}),
     'sharded': ('frozen blocks sharded', {}),
+    'bn': ('BN in heads', {}),
 }
 # Parts of E³VA whose learning rate an option multiplies, in units of the head's: ``rate3`` by 3, ``rate03`` by 0.3.
 RATES = {'rateN': ('rate × {}', ('highway', 'mixers')), 'mixrateN': ("mixers' rate × {}", ('mixers',))}

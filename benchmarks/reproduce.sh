@@ -22,7 +22,8 @@ rates=$results/rates.json
 run() {  # script and arguments
     local left=$((limit - SECONDS))
     [ "$left" -gt 0 ] || { missing=1; return; }
-    timeout --kill-after 2 "$left" "$python" "$@" "${commit[@]}" --time-limit $((left > 30 ? left - 15 : left)) || missing=1
+    local common=("${commit[@]}" --time-limit $((left > 30 ? left - 15 : left)))
+    timeout --kill-after 2 "$left" "$python" "$1" "${common[@]}" "${@:2}" || missing=1
 }
 train() {  # name of the result, options
     run benchmarks/grid.py --jobs "${JOBS:-12}" --cfg-options train_dataloader.num_workers=2 val_dataloader.num_workers=2 \
@@ -141,22 +142,22 @@ cost() {
 
 giants() {  # the larger the backbone, the more of the memory is its weights'
     local name=upernet_8xb2-160k_ade20k-512x512.py methods=(e3va+{nf4,int8,bf16} {lora,frozen}+bf16)
-    giant() {
-        measure fits_giants --tasks --configs "configs/ade20k/$1_$name" --precisions amp-fp16 --measure fits \
-            --most-images 16 --steps 8 --warmup 3 "${@:2}"
-    }
-    giant dinov3-7b --methods "${methods[@]}"
-    giant dinov2-g --image-sizes 896x896 --methods "${methods[@]}" full
+    measure fits_giants --precisions amp-fp16 --measure fits --most-images 16 --steps 8 --warmup 3 --tasks \
+        --methods "${methods[@]}" \
+        --and --configs "configs/ade20k/dinov3-7b_$name" \
+        --and --configs "configs/ade20k/dinov2-g_$name" --image-sizes 896x896 --methods "${methods[@]}" full
 }
 
-growth() {  # with the size of images, and with that of the backbone
-    local methods=(e3va+bf16 full {lora,frozen}+bf16) name=upernet_8xb2-160k_ade20k-512x512.py
-    grow() { measure "$1" --precisions amp-fp16 --batch-sizes 2 --steps 6 --warmup 2 --methods "${methods[@]}" "${@:2}"; }
+growth() {  # with the size of images, and with that of the backbone; giants has the largest
+    local name=upernet_8xb2-160k_ade20k-512x512.py
+    grow() {
+        measure "$1" --precisions amp-fp16 --batch-sizes 2 --steps 6 --warmup 2 \
+            --methods e3va+bf16 full {lora,frozen}+bf16 "${@:2}"
+    }
     grow growth_images --tasks upernet --sizes l --configs "configs/ade20k/dinov2-l_$name" --together \
         --image-sizes 512x512 1024x1024 1536x1536 2048x2048
-    grow growth_backbones --tasks --configs benchmarks/configs/dinov3-{s,b}_$name configs/ade20k/dinov3-l_$name
-    grow growth_backbones --tasks upernet --sizes t s b l
-    grow growth_backbones --tasks --configs configs/ade20k/dinov3-7b_$name
+    grow growth_backbones --and --tasks --configs benchmarks/configs/dinov3-{s,b}_$name configs/ade20k/dinov3-l_$name \
+        --and --tasks upernet --sizes t s b l
 }
 
 operators() {  # not in all: PURE_MMCV is a folder with an mmcv that has no compiled operators; the interpreter's own has
@@ -194,20 +195,19 @@ shared() {  # many tasks by one frozen pass
     run benchmarks/shared_pass.py --out $results/shared_pass.json --sizes l --image-sizes 512x512 800x1344 --methods e3va+bf16
 }
 
-several() {  # not in all: two GPUs that train together, with norms in the heads that do not wait for the other's
-    local norms=(model.{decode,auxiliary}_head.norm_cfg.type=BN) boxes=(model.roi_head.bbox_head.{0,1,2}.norm_cfg.type=BN)
-    together() { measure "$1" --precisions amp-fp16 --gpus 2 --warmup 3 "${@:2}"; }
-    by() {  # methods
-        local methods=(--batch-sizes 4 --methods "$@")
-        together several_gpus --tasks upernet --sizes l --steps 15 "${methods[@]}" --cfg-options "${norms[@]}"
-        together several_gpus_syncbn --tasks upernet --sizes l --steps 15 "${methods[@]}"
-        together several_gpus --tasks retinanet --sizes l --steps 15 "${methods[@]}"
-        together several_gpus --tasks cascade-mask-rcnn --sizes b --steps 10 "${methods[@]}" --cfg-options "${boxes[@]}"
-    }
-    by e3va+bf16 full
-    together several_gpus --tasks --configs configs/ade20k/dinov3-7b_upernet_8xb2-160k_ade20k-512x512.py --batch-sizes 2 \
-        --steps 8 --methods e3va+bf16{,+sharded} --cfg-options "${norms[@]}"
-    by frozen lora
+several() {  # not in all: two GPUs that train together; BN in the heads does not wait for the other's
+    local giant=configs/ade20k/dinov3-7b_upernet_8xb2-160k_ade20k-512x512.py
+    local segmentor='--tasks upernet --sizes l' detector='--tasks retinanet --sizes l'
+    local cascade='--tasks cascade-mask-rcnn --sizes b --steps 10'
+    # shellcheck disable=SC2086
+    measure several_gpus --precisions amp-fp16 --gpus 2 --warmup 3 --batch-sizes 4 --steps 15 \
+        --and $segmentor --methods {e3va+bf16,full}{+bn,} \
+        --and $detector --methods e3va+bf16 full \
+        --and $cascade --methods {e3va+bf16,full}+bn \
+        --and --tasks --configs $giant --batch-sizes 2 --methods e3va+bf16+bn{,+sharded} \
+        --and $segmentor --methods frozen{+bn,} lora+bn \
+        --and $detector --methods frozen lora \
+        --and $cascade --methods {frozen,lora}+bn
 }
 
 parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads cost giants growth steps masks shared'

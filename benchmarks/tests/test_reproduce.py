@@ -30,7 +30,9 @@ def test_what_reproduce_runs_exists(tmp_path, monkeypatch):
     for command in commands:
         monkeypatch.setattr(sys, 'argv', command)
         if command[0] == 'benchmarks/cost.py':
-            assert all(find_config(case['config']).is_file() for case in cost.plan(cost.parse_args()).values())
+            for args in cost.parse_args():
+                assert args.commit == 'abc'
+                assert all(find_config(case['config']).is_file() for case in cost.plan(args).values())
             continue
         if command[0] == 'benchmarks/shared_pass.py':
             assert shared_pass.parse_args().sizes == ['l']
