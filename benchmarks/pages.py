@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -41,6 +42,9 @@ SHARED = (
     "whole models: time, of separate ones'",
     "memory, of separate ones'",
 )
+# Of UPerNet: the families whose sizes are compared, and a model's name in results.
+FAMILIES = {'swin': 'Swin', 'dinov3': 'DINOv3'}
+BACKBONE = re.compile('(?:upernet )?(swin|dinov3)-([a-z0-9]+)')
 SEQUENTIAL = ('adapter', 'lora', 'mona')
 
 
@@ -75,6 +79,42 @@ def format_all_costs(amp: Path) -> str:
 def format_fits(fits: Path) -> str:
     rows = load_rows(fits)
     return cost_tables.format_fits(rows) + _source(rows, fits.stem.removeprefix('fits_'))
+
+
+def format_scaling(several: Path) -> str:
+    """Steps of one and of several GPUs; nothing as long as they have not been measured."""
+    if not several.is_file():
+        return ''
+    rows = load_rows(several)
+    return cost_tables.format_scaling(rows) + _source(rows, 'several')
+
+
+def growth_rows(images: Path, *backbones: Path) -> tuple[list[dict], list[dict]]:
+    """Memory and step by the size of images, and by that of the backbone: as far as measured, ``size``, MiB, seconds.
+
+    Args:
+        images: of one backbone a panel, at several sizes.
+        backbones: files of several sizes of backbones at 512 × 512; of giants, the cost of the smallest batch.
+    """
+    by_image = [{**row, 'panel': model_name(row), 'size': row['image_size'][0]} for row in _costs(images)]
+    by_backbone = []
+    for row in (row for path in backbones for row in _costs(path)):
+        match = BACKBONE.match(row['model'])
+        if match and row['image_size'] == [512, 512]:
+            by_backbone.append({**row, 'panel': f'UPerNet {FAMILIES[match[1]]}, 512²', 'size': match[2].upper()})
+    return by_image, by_backbone
+
+
+def model_name(row: dict) -> str:
+    """Without the size of its images."""
+    return cost_tables.model_of(row).partition(',')[0]
+
+
+def _costs(path: Path) -> list[dict]:
+    """Rows with ``peak_memory_mib`` and ``step_seconds``: what was out of memory has none."""
+    rows = load_rows(path) if path.is_file() else []
+    rows = [{**row, **row['runs'][0].get('cost', {})} for row in rows]
+    return [row for row in rows if 'step_seconds' in row]
 
 
 def format_latency(latency: Path) -> str:

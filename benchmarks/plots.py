@@ -1,4 +1,4 @@
-"""The plots of what benchmarks/grid.py has trained, and benchmarks/shared_pass.py measured."""
+"""The plots of what benchmarks/grid.py has trained, and benchmarks/shared_pass.py and cost.py measured."""
 
 from __future__ import annotations
 
@@ -65,5 +65,37 @@ def draw_shared(rows: list[dict], target: Path) -> None:
         column[1].set_xlabel('tasks')
         column[1].set_xticks(tasks)
     axes[0, 0].legend(fontsize=9)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def draw_growth(rows: list[dict], target: Path) -> None:
+    """Peak memory (above) and step (below) by size, a line a method and a column a panel; both on logarithmic scales.
+
+    Args:
+        rows: see :func:`benchmarks.pages.growth_rows`.
+    """
+    panels = list(dict.fromkeys(row['panel'] for row in rows))
+    methods = list(dict.fromkeys(row['method'] for row in rows))
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(4.5 * len(panels), 6.5), layout='constrained', squeeze=False, sharey='row'
+    )
+    for column, panel in zip(axes.T, panels):
+        own = [row for row in rows if row['panel'] == panel]
+        sizes = list(dict.fromkeys(row['size'] for row in own))
+        for axis, key, scale in zip(column, ('peak_memory_mib', 'step_seconds'), (1 / 1024, 1000)):
+            for marker, method in zip(itertools.cycle(MARKERS), methods):
+                points = [(sizes.index(row['size']), scale * row[key]) for row in own if row['method'] == method]
+                color = 'black' if method.startswith('e3va') else '0.6'
+                axis.plot(*zip(*points), marker=marker, color=color, label=label(method)) if points else None
+            axis.set_yscale('log')
+            axis.yaxis.set_major_formatter('{x:g}')
+            axis.set_xticks(range(len(sizes)), sizes)
+            axis.grid(alpha=0.3, which='both')
+        column[0].set_title(panel, fontsize=9)
+        column[1].set_xlabel('side of the images' if isinstance(sizes[0], int) else 'size of the backbone')
+    axes[0, 0].set_ylabel('peak memory (GiB)')
+    axes[1, 0].set_ylabel('step (ms)')
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(target, dpi=110)
     plt.close(figure)

@@ -16,7 +16,7 @@ from benchmarks import coverage_tables, pages
 from benchmarks.accuracy import format_runs, group_runs, with_more_seeds
 from benchmarks.cost_tables import load_rows, report
 from benchmarks.formats import table
-from benchmarks.plots import draw_accuracy, draw_shared
+from benchmarks.plots import draw_accuracy, draw_growth, draw_shared
 from benchmarks.training import ROOT
 from e3va_mm.families.registry import TABLE
 
@@ -69,6 +69,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),
     *(('docs/memory.md', name, pages.format_fits, (name,)) for name in ('fits', 'fits_giants')),
     ('docs/several_gpus.md', 'gradients', _costs, ('gradients',)),
+    ('docs/several_gpus.md', 'several_gpus', pages.format_scaling, ('several_gpus',)),
     ('docs/shared.md', 'shared', pages.format_shared, SHARED),
     ('docs/deployment.md', 'latency', pages.format_latency, ('latency_cpu',)),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),
@@ -121,6 +122,10 @@ def main() -> None:
     draw_accuracy(pages.shown_in_plot(RESULTS / 'small_sets.json'), ROOT / 'benchmarks/images/small_sets.png')
     measured = [RESULTS / f'{name}.json' for name in SHARED if (RESULTS / f'{name}.json').is_file()]
     draw_shared([row for path in measured for row in pages.shared_rows(path)], ROOT / 'docs/images/shared_pass.png')
+    growth = [RESULTS / f'{name}.json' for name in ('growth_images', 'growth_backbones', 'fits_giants')]
+    for rows, name in zip(pages.growth_rows(*growth), ('images', 'backbones')):
+        if rows:
+            draw_growth(rows, ROOT / f'docs/images/growth_{name}.png')
     if failed:
         sys.exit('not made:\n' + '\n'.join(failed))
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import accuracy, cost_tables, formats, pages
 from benchmarks.methods import label
-from benchmarks.plots import draw_accuracy
+from benchmarks.plots import draw_accuracy, draw_growth
 
 from .conftest import result
 
@@ -103,6 +103,49 @@ def test_fits():
     lines = cost_tables.report([row, measured]).splitlines()
     assert lines[0].endswith('| 80 GB | memory of the smallest | step |')
     assert [line.partition(' 32+ ')[2] for line in lines[2:]] == ['|  |  |', '| 6.8 GiB | 200 ms |']
+
+
+def test_scaling(tmp_path):
+    case = dict(model='upernet swin-l', image_size=[512, 512], data='synthetic', batch_size=4, gpus=2)
+    case.update(device='cpu', date='2026-11-30')
+    run = dict(peak_memory_mib=5000, step_seconds=0.1, alone_seconds=0.095, apart_seconds=0.096)
+    sharded = {key: run[key] for key in ('peak_memory_mib', 'step_seconds')}
+    runs = {'e3va+bf16': run, 'e3va+bf16+bn+sharded': sharded}
+    path = tmp_path / 'several_gpus.json'
+    assert pages.format_scaling(path) == ''
+    path.write_text(json.dumps({'cases': {name: {**case, 'method': name, 'runs': [runs[name]]} for name in runs}}))
+    text = pages.format_scaling(path)
+    assert (
+        '| UPerNet Swin-L, 512², batch 4 a GPU | E³VA, as it comes | 2 | 4.9 GiB | 95 ms | 96 ms | 100 ms | 0.95 |'
+        in text
+    )
+    assert '| E³VA, bf16, BN in heads, frozen blocks sharded | 2 | 4.9 GiB |  |  | 100 ms |  |' in text
+
+
+def test_growth(tmp_path):
+    """By the size of images, and of backbones: the largest has been measured with others."""
+    case = dict(data='synthetic', batch_size=2, method='e3va+bf16', device='cpu', date='2026-11-30')
+    run = dict(peak_memory_mib=5000, step_seconds=0.1)
+    fit = dict(largest={'8': 0}, most_images=16, taken_gib=0.5, cost=dict(run, batch_size=2))
+    models = {
+        'images': {'upernet swin-l': [1024, 1024], 'dinov2-l_upernet_8xb2-160k_ade20k-512x512': [512, 512]},
+        'backbones': {'upernet swin-t': [512, 512], 'dinov3-s_upernet_8xb2-160k_ade20k-512x512': [512, 512]},
+        'giants': {'dinov3-7b_upernet_8xb2-160k_ade20k-512x512': [512, 512], 'dinov2-g_upernet': [896, 896]},
+    }
+    paths = [tmp_path / f'{name}.json' for name in models]
+    assert pages.growth_rows(*paths) == ([], [])
+    for path, (name, sizes) in zip(paths, models.items()):
+        runs = [fit if name == 'giants' else run]
+        cases = {model: {**case, 'model': model, 'image_size': size, 'runs': runs} for model, size in sizes.items()}
+        path.write_text(json.dumps({'cases': cases}))
+    found = pages.growth_rows(*paths)
+    assert [[(row['panel'], row['size'], row['step_seconds']) for row in rows] for rows in found] == [
+        [('UPerNet Swin-L', 1024, 0.1), ('UPerNet DINOv2-L', 512, 0.1)],
+        [(f'UPerNet {name}, 512²', size, 0.1) for name, size in (('Swin', 'T'), ('DINOv3', 'S'), ('DINOv3', '7B'))],
+    ]
+    for rows in found:
+        draw_growth(rows, tmp_path / 'plot.png')
+        assert (tmp_path / 'plot.png').stat().st_size > 5000
 
 
 def test_gradients(tmp_path):
