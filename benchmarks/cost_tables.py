@@ -72,14 +72,20 @@ def format_setting(group: list[dict]) -> str:
     references = [next((row for row in group if row['method'] == name), None) for name in ('full', 'frozen')]
     lines = []
     for row in group:
-        low, high = row['step_seconds_quartiles']
         name = ', '.join(filter(None, [label(row['method']), row.get('package')]))
         peaks, steps = ([ratio(row, other, key) for other in references] for key in ('peak_memory_mib', 'step_seconds'))
-        time = f'{milliseconds(row["step_seconds"])} ({1000 * low:.0f}–{1000 * high:.0f})'
-        kept = memory(row['saved_in_backbone_mib'])
+        kept, time = memory(row['saved_in_backbone_mib']), with_quartiles(row, 'step_seconds')
         lines.append([name, memory(row['peak_memory_mib']), *peaks, kept, time, *steps])
     titles = ['method', 'peak memory', 'of full', 'of frozen', 'kept in backbone', 'step (quartiles)']
     return table([*titles, 'of full', 'of frozen'], lines)
+
+
+def with_quartiles(row: dict, key: str) -> str:
+    """A row's median time and the quartiles around it; nothing if it has none."""
+    if key not in row:
+        return ''
+    low, high = row[f'{key}_quartiles']
+    return f'{milliseconds(row[key])} ({1000 * low:.0f}–{1000 * high:.0f})'
 
 
 def format_steps(rows: list[dict]) -> str:
@@ -116,13 +122,12 @@ def format_gradients(rows: list[dict]) -> str:
 
 
 def format_scaling(rows: list[dict]) -> str:
-    """Steps of a GPU alone, of all without exchange, and of all together; a row a setting and method."""
+    """Steps (quartiles) of a GPU alone, of all without exchange, and of all together; a row a setting and method."""
     lines = []
     for row in (row for row in rows if row['gpus'] > 1):
         setting = f'{model_of(row)}, batch {row["batch_size"]} a GPU'
-        cells = [milliseconds(row[key]) if row.get(key) else '' for key in ('alone_seconds', 'apart_seconds')]
-        efficiency = f'{row["alone_seconds"] / row["step_seconds"]:.2f}' if row.get('alone_seconds') else ''
-        cells += [milliseconds(row['step_seconds']), efficiency]
+        cells = [with_quartiles(row, f'{key}_seconds') for key in ('alone', 'apart', 'step')]
+        cells += [f'{row["alone_seconds"] / row["step_seconds"]:.2f}' if row.get('alone_seconds') else '']
         lines.append([setting, label(row['method']), row['gpus'], memory(row['peak_memory_mib']), *cells])
     return table(['', '', 'GPUs', 'memory of each', 'step of one', 'of each, apart', 'together', 'efficiency'], lines)
 

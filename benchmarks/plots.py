@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 from benchmarks.accuracy import Groups, mean_and_spread, metric_of, peak_memory
 from benchmarks.methods import label, without_rates
@@ -72,6 +74,8 @@ def draw_shared(rows: list[dict], target: Path) -> None:
 def draw_growth(rows: list[dict], target: Path) -> None:
     """Peak memory (above) and step (below) by size, a line a method and a column a panel; both on logarithmic scales.
 
+    A line ends where a size has not been measured.
+
     Args:
         rows: see :func:`benchmarks.pages.growth_rows`.
     """
@@ -85,11 +89,13 @@ def draw_growth(rows: list[dict], target: Path) -> None:
         sizes = list(dict.fromkeys(row['size'] for row in own))
         for axis, key, scale in zip(column, ('peak_memory_mib', 'step_seconds'), (1 / 1024, 1000)):
             for marker, method in zip(itertools.cycle(MARKERS), methods):
-                points = [(sizes.index(row['size']), scale * row[key]) for row in own if row['method'] == method]
+                values = {row['size']: scale * row[key] for row in own if row['method'] == method}
+                points = [values.get(size, math.nan) for size in sizes]
                 color = 'black' if method.startswith('e3va') else '0.6'
-                axis.plot(*zip(*points), marker=marker, color=color, label=label(method)) if points else None
+                axis.plot(points, marker=marker, color=color, label=label(method)) if values else None
             axis.set_yscale('log')
-            axis.yaxis.set_major_formatter('{x:g}')
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
             axis.set_xticks(range(len(sizes)), sizes)
             axis.grid(alpha=0.3, which='both')
         column[0].set_title(panel, fontsize=9)

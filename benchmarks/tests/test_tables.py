@@ -108,18 +108,19 @@ def test_fits():
 def test_scaling(tmp_path):
     case = dict(model='upernet swin-l', image_size=[512, 512], data='synthetic', batch_size=4, gpus=2)
     case.update(device='cpu', date='2026-11-30')
-    run = dict(peak_memory_mib=5000, step_seconds=0.1, alone_seconds=0.095, apart_seconds=0.096)
-    sharded = {key: run[key] for key in ('peak_memory_mib', 'step_seconds')}
+    sharded = dict(peak_memory_mib=5000, step_seconds=0.1, step_seconds_quartiles=[0.098, 0.104])
+    times = {'alone_seconds': 0.095, 'apart_seconds': 0.096}
+    run = {**sharded, **times, **{f'{key}_quartiles': [value - 0.001, value] for key, value in times.items()}}
     runs = {'e3va+bf16': run, 'e3va+bf16+bn+sharded': sharded}
     path = tmp_path / 'several_gpus.json'
     assert pages.format_scaling(path) == ''
     path.write_text(json.dumps({'cases': {name: {**case, 'method': name, 'runs': [runs[name]]} for name in runs}}))
     text = pages.format_scaling(path)
     assert (
-        '| UPerNet Swin-L, 512², batch 4 a GPU | E³VA, as it comes | 2 | 4.9 GiB | 95 ms | 96 ms | 100 ms | 0.95 |'
-        in text
+        '| UPerNet Swin-L, 512², batch 4 a GPU | E³VA, as it comes | 2 | 4.9 GiB '
+        '| 95 ms (94–95) | 96 ms (95–96) | 100 ms (98–104) | 0.95 |' in text
     )
-    assert '| E³VA, bf16, BN in heads, frozen blocks sharded | 2 | 4.9 GiB |  |  | 100 ms |  |' in text
+    assert '| E³VA, bf16, BN in heads, frozen blocks sharded | 2 | 4.9 GiB |  |  | 100 ms (98–104) |  |' in text
 
 
 def test_growth(tmp_path):
