@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -45,7 +46,11 @@ def test_every_result_says_where_it_comes_from(path):
         assert {'device', 'torch', 'commit', 'command'} <= set(entry)
         backbone_of(entry['method'])
         config = entry['config']
-        assert ('::' in config and find_config(config)) or any((ROOT / 'configs').glob(f'*/{config.split("/")[-1]}'))
+        if '::' in config:
+            assert find_config(config)
+        else:
+            paths = [*ROOT.glob('configs/*/*.py'), *ROOT.glob('benchmarks/configs/*.py')]
+            assert Path(config).name in [path.name for path in paths]
 
 
 def test_every_result_is_explained():
