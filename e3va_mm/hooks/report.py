@@ -63,12 +63,12 @@ def learning_rates(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, s
 def format_table(counts: dict[str, dict[str, int]], rates: dict[str, set[float]] | None = None) -> str:
     """The counts as an aligned table with a row a part, with its least and its highest rate, and a total."""
     total = {kind: sum(part[kind] for part in counts.values()) for kind in ('trainable', 'frozen')}
-    lines = [f'{"part":<10}{"trainable":>14}{"frozen":>14}{"trainable %":>13}' + (f'{"rate":>10}' if rates else '')]
+    lines = [f'{"part":<10}{"trainable":>14}{"frozen":>14}{"trainable %":>13}' + (f'  {"rate":>8}' if rates else '')]
     for part, count in [*counts.items(), ('total', total)]:
         share = 100 * count['trainable'] / max(1, count['trainable'] + count['frozen'])
         of_part = sorted((rates or {}).get(part, ()))
         rate = ' to '.join(f'{each:g}' for each in dict.fromkeys([*of_part[:1], *of_part[-1:]]))
-        row = f'{part:<10}{count["trainable"]:>14,}{count["frozen"]:>14,}{share:>13.2f}{rate:>10}'
+        row = f'{part:<10}{count["trainable"]:>14,}{count["frozen"]:>14,}{share:>13.2f}  {rate:>8}'
         lines.append(row.rstrip())
     return '\n'.join(lines)
 
