@@ -30,10 +30,17 @@ OPTIONS = {
     'mixerN': ('mixers of width {}', {'mixer.width': 'N'}),
     'rankN': ('rank {}', {'adapter.rank': 'N'}),
     'graphN': ('{} stage(s) in the graph', {'graph_stages': 'N'}),
-    # Of any method, and not of its backbone's config: see benchmarks/bench.py.
+    # Not of the backbone's config: see benchmarks/candidates.py and benchmarks/bench.py.
+    'fanin': ('rates by fan-in', {}),
+    'norm': ('normalised taps', {}),
     'masks': ('masks moved once', {}),
     'sharded': ('frozen blocks sharded', {}),
     'bn': ('BN in heads', {}),
+}
+# What options change that are tried by benchmarks/candidates.py.
+CANDIDATES = {
+    'fanin': ('optim_wrapper.constructor', 'FanInRatesConstructor'),
+    'norm': ('model.backbone.type', 'NormalisedE3VABackbone'),
 }
 # Parts of E³VA whose learning rate an option multiplies, in units of the head's: ``rate3`` by 3, ``rate03`` by 0.3.
 RATES = {'rateN': ('rate × {}', ('highway', 'mixers')), 'mixrateN': ("mixers' rate × {}", ('mixers',))}
@@ -114,4 +121,5 @@ def cfg_options(method: str) -> list[str]:
     for key, factor in map(_pattern, method.split('+')):
         parts = RATES[key][1] if key in RATES else ()
         changes.update((f'optim_wrapper.paramwise_cfg.custom_keys.{part}.lr_mult', factor) for part in parts)
+    changes.update(change for option, change in CANDIDATES.items() if option in method.split('+'))
     return [f'{key}={value}' for key, value in changes.items()]

@@ -34,6 +34,7 @@ report() { train small_sets --train-args amp --rates-from $rates "$@"; }
 measure() { run benchmarks/cost.py --out "$results/$1.json" --jobs 3 "${@:2}"; }
 
 wide=e3va+rank4+mixer96
+everywhere='swin-nano vit-tiny efficientnet-lite0'
 compared=(frozen e3va full mona adapter lora)
 all=("${compared[@]}" bitfit normtuning partial adaptformer lorand lst dtl)
 merged=(--cfg-options optim_wrapper.constructor=MergedGroupsConstructor)
@@ -89,6 +90,21 @@ seeds() {  # six more of what matters, and folds of BCCD
     folds() { train folds --train-args amp --datasets bccd --held-out --folds 0 1 2 3 4 --learning-rates 1e-3 "$@"; }
     folds --seeds 0 1 2 --methods mona $wide+graph1+rate10
     folds --seeds 0 --methods $wide+{mixrate10,rate10,rate3} $wide+graph1+rate{5,20} $wide+graph2+rate5
+}
+
+# What may become the recipe, at a third, once and three times the rate of a config, on held-out images.
+recipe() {
+    try() {  # data sets, backbones, rates
+        # shellcheck disable=SC2086
+        train recipe --train-args amp --held-out --schedule 0.5 --methods frozen e3va e3va+fanin{,+norm} --seeds ${SEEDS:-0 1 2} \
+            --datasets $1 --backbones $2 --learning-rates $3
+    }
+    try 'bccd nuclei' "$everywhere" 1e-3
+    try camvid swin-nano 1e-2
+    try camvid 'vit-tiny efficientnet-lite0' 3e-3
+    try 'bccd nuclei' "$everywhere" '3e-4 3e-3'
+    try camvid swin-nano '3e-3 3e-2'
+    try camvid 'vit-tiny efficientnet-lite0' '1e-3 1e-2'
 }
 
 # In fp32 but for what the options change.
@@ -210,7 +226,7 @@ several() {  # not in all: two GPUs that train together; BN in the heads does no
         --and $cascade --methods {frozen,lora}+bn
 }
 
-parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads cost giants growth steps masks shared'
+parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads recipe cost giants growth steps masks shared'
 for part in ${*:-$parts}; do
     [[ " $parts operators several " == *" $part "* ]] || {
         echo "unknown part $part; known are $parts operators several" >&2

@@ -53,9 +53,13 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
                 key = next((key for key in meant if key in name and name not in stock), None)
                 group.pop('lr_mult', None)
                 factor = entries[key].get('lr_mult', 1) if key else 1
-                group['lr'] = self.base_lr * factor
+                group['lr'] = self.rate_of_added(group['params'][0]) * factor
                 if factor != 1:
                     group['lr_mult'] = factor
+
+    def rate_of_added(self, parameter: nn.Parameter) -> float:
+        """The learning rate of what a wrapper has added, before the factor of an entry that is meant for it."""
+        return self.base_lr
 
 
 def parameters_by_origin(model: nn.Module) -> tuple[dict[str, nn.Parameter], set[str]]:
