@@ -16,6 +16,7 @@ METRICS = {
     'nuclei': ('coco/segm_mAP', 100),
     'shapes-96x96': ('mIoU', 1),
     'shapes': ('coco/bbox_mAP', 100),
+    'demo-sgd': ('mIoU', 1),
 }
 
 Groups = dict[str, dict[str, list[dict]]]

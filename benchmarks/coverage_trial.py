@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.coverage_data import IMAGES, dicts_of, make_batch
 from e3va_mm.backbones.base import FrozenBackbone
+from e3va_mm.optim import ADAMW_SHARE
 
 POOL = 2**18
 
@@ -126,14 +128,16 @@ class Trial:
             self.model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(self.config)))
 
     def rates(self) -> None:
-        """The optimizer of the config's own constructor gives all that wrappers train the base rate."""
+        """The optimizer of the config's own constructor gives all that wrappers train the base rate, or AdamW's share."""
         with contextlib.redirect_stdout(io.StringIO()):  # some constructors print every parameter
             self.optimizer = build_optim_wrapper(self.model, copy.deepcopy(self.optim_wrapper))
         base = self.optimizer.optimizer.defaults['lr']
-        rate_of = {id(p): group['lr'] for group in self.optimizer.param_groups for p in group['params']}
+        shares = ((group, ADAMW_SHARE if group.get('adaptive') else 1) for group in self.optimizer.param_groups)
+        rate_of = {id(p): group['lr'] / share for group, share in shares for p in group['params']}
         for path, wrapper in wrappers(self.model).items():
             trained = {name: p for name, p in wrapper.named_parameters() if p.requires_grad}
-            wrong = {name: rate_of.get(id(p)) for name, p in trained.items() if rate_of.get(id(p)) != base}
+            rates = {name: rate_of.get(id(p), 0.0) for name, p in trained.items()}
+            wrong = {name: rate for name, rate in rates.items() if not math.isclose(rate, base)}
             if wrong:
                 name, rate = next(iter(wrong.items()))
                 raise ValueError(f'{len(wrong)} parameters of {path}, such as {name}, train at {rate}, not at {base}')

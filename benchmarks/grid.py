@@ -29,6 +29,8 @@ DATASETS = {
     'camvid-segformer': 'configs/camvid/segformer_{}_1xb16-600_camvid-352x480.py',
     'bccd-faster-rcnn': 'configs/bccd/faster-rcnn_{}_fpn_1xb8-400_bccd.py',
     'nuclei-mask2former': 'configs/nuclei/mask2former_{}_1xb8-400_nuclei.py',
+    # The images are those that demo/run.py writes.
+    'demo-sgd': 'benchmarks/configs/fcn_{}_1xb4-240_demo-sgd.py',
 }
 BACKBONES = ('swin-nano', 'vit-tiny', 'efficientnet-lite0')
 

@@ -33,6 +33,7 @@ OPTIONS = {
     # Not of the backbone's config: see benchmarks/candidates.py and benchmarks/bench.py.
     'fanin': ('rates by fan-in', {}),
     'norm': ('normalised taps', {}),
+    'allsgd': ('all by SGD', {}),
     'masks': ('masks moved once', {}),
     'sharded': ('frozen blocks sharded', {}),
     'bn': ('BN in heads', {}),
@@ -41,6 +42,7 @@ OPTIONS = {
 CANDIDATES = {
     'fanin': ('optim_wrapper.constructor', 'FanInRatesConstructor'),
     'norm': ('model.backbone.type', 'NormalisedE3VABackbone'),
+    'allsgd': ('optim_wrapper.constructor', 'DefaultOptimWrapperConstructor'),
 }
 # Parts of E³VA whose learning rate an option multiplies, in units of the head's: ``rate3`` by 3, ``rate03`` by 0.3.
 RATES = {'rateN': ('rate × {}', ('highway', 'mixers')), 'mixrateN': ("mixers' rate × {}", ('mixers',))}

@@ -176,6 +176,11 @@ growth() {  # with the size of images, and with that of the backbone; giants has
         --and --tasks upernet --sizes t s b l
 }
 
+sgd() {  # not in all: small enough for a CPU, on images that demo/run.py writes
+    local methods=(frozen e3va e3va+allsgd adapter lora full) backbones=(swin-nano efficientnet-lite0)
+    train sgd --datasets demo-sgd --backbones "${backbones[@]}" --held-out --seeds 0 1 --methods "${methods[@]}"
+}
+
 operators() {  # not in all: PURE_MMCV is a folder with an mmcv that has no compiled operators; the interpreter's own has
     ln -sfn "$PWD/e3va_mm" "${PURE_MMCV:?}/e3va_mm"
     local packages=(compiled="$PWD" ours="$PURE_MMCV") options=(--steps 20 --warmup 5 --tasks --methods e3va+bf16)
@@ -228,8 +233,8 @@ several() {  # not in all: two GPUs that train together; BN in the heads does no
 
 parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads recipe cost giants growth steps masks shared'
 for part in ${*:-$parts}; do
-    [[ " $parts operators several " == *" $part "* ]] || {
-        echo "unknown part $part; known are $parts operators several" >&2
+    [[ " $parts operators several sgd " == *" $part "* ]] || {
+        echo "unknown part $part; known are $parts operators several sgd" >&2
         exit 2
     }
     "$part"

@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 
 from mmengine.config import Config
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 # What an entry of custom_keys has to name to be meant for the highway.
 _PARTS = ('highway', 'mixers')
 # Where constructors note the factor of a group: mmengine's for custom_keys, those of layer decay.
 _FACTORS = ('lr_mult', 'lr_scale')
+# Of SGD's rate, for what AdamW trains beside: 0.001 where heads learn at 0.02.
+ADAMW_SHARE = 0.05
+
+
+@OPTIMIZERS.register_module()
+class SGDWithAdamW(SGD):
+    """SGD, but groups that are marked ``adaptive`` are stepped by AdamW; :class:`MergedGroupsConstructor` marks them.
+
+    What is added to a frozen backbone starts at zero, with small gradients, and SGD hardly moves it at rates that suit
+    heads. Schedulers, clipping, AMP and checkpoints see one optimizer. Arguments are those of :class:`torch.optim.SGD`.
+    """
+
+    def step(self, closure=None):
+        groups = self.param_groups
+        adaptive = [group for group in groups if group.get('adaptive')]
+        self.param_groups = [group for group in groups if not group.get('adaptive')]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        if adaptive:
+            # Not in __init__: a copied optimizer has its groups and state alone.
+            if '_adamw' not in self.__dict__:
+                self._adamw = AdamW(adaptive)
+            self._adamw.param_groups, self._adamw.state = adaptive, self.state
+            self._adamw.step()
+        return loss
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -26,12 +54,23 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
     An entry of ``custom_keys`` that matches parameters of the stock backbone, such as ``backbone``, is meant for these:
     highway, mixers and output norms, and what a comparison method adds, keep their ``weight_decay`` from it, but learn
     at the optimizer's own ``lr``. An entry that matches nothing stock, such as ``backbone.highway``, holds.
+    Where the optimizer is SGD, what is added is trained by AdamW, at a twentieth of SGD's rate: :class:`SGDWithAdamW`.
 
     With a ``paramwise_cfg`` mmengine makes a group of each parameter. An optimizer updates group by group, and adapters
     are many small parameters: their update is then hundreds of tiny kernels. So parameters of the same settings share
     a group; the update itself is the same. A run resumes from the optimizer state of the same constructor only, and
     AdapterCheckpointHook says so.
     """
+
+    def __call__(self, model: nn.Module):
+        added, stock = parameters_by_origin(model)
+        named = self.optimizer_cfg.get('type')
+        self.is_sgd = (OPTIMIZERS.get(named) if isinstance(named, str) else named) in (SGD, SGDWithAdamW)
+        if self.is_sgd and added.keys() - stock:
+            self.optimizer_cfg = {**self.optimizer_cfg, 'type': SGDWithAdamW}
+            # Without settings for single parameters, mmengine makes one group of all.
+            self.paramwise_cfg = self.paramwise_cfg or dict(custom_keys={})
+        return super().__call__(model)
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:
         super().add_params(params, module, prefix, is_dcn_module)
@@ -56,6 +95,8 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
                 group['lr'] = self.rate_of_added(group['params'][0]) * factor
                 if factor != 1:
                     group['lr_mult'] = factor
+                if self.is_sgd and name not in stock:
+                    group.update(adaptive=True, lr=ADAMW_SHARE * group['lr'])
 
     def rate_of_added(self, parameter: nn.Parameter) -> float:
         """The learning rate of what a wrapper has added, before the factor of an entry that is meant for it."""
@@ -109,6 +150,21 @@ def check_highway_rate(highway: dict[str, nn.Parameter], optimizer: Optimizer) -
                 raise ValueError(_advice(causes, factor))
 
 
+def warn_of_sgd(highway: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Says so where plain SGD trains the highway."""
+    ours = {id(parameter) for parameter in highway.values()}
+    if isinstance(optimizer, SGD) and any(
+        id(parameter) in ours and not group.get('adaptive')
+        for group in optimizer.param_groups
+        for parameter in group['params']
+    ):
+        message = (
+            'SGD hardly moves the highway at rates that suit heads: set '
+            "optim_wrapper.constructor='MergedGroupsConstructor', which trains it by AdamW beside SGD"
+        )
+        print_log(message, logger='current', level=logging.WARNING)
+
+
 def _causes(factor: float) -> list[str] | None:
     """Entries of ``custom_keys`` with that factor in the running config; None where code runs without a config."""
     text = MessageHub.get_current_instance().get_info('cfg')
@@ -142,6 +198,7 @@ def _check_first_step(optimizer: Optimizer, args, kwargs) -> None:
         _checked.add(optimizer)
         for wrapper in list(_wrappers):
             check_highway_rate(wrapper.adapter_parameters(), optimizer)
+            warn_of_sgd(wrapper.adapter_parameters(), optimizer)
 
 
 # Of all hooks that a config of five lines runs by, with the toolbox's own tool, this one alone sees the optimizer.

@@ -17,6 +17,7 @@ from .checkpoints.whole_model import backbone_prefix, state_keys
 from .checks import check_options
 from .methods import METHODS, known_options
 from .named_configs import find_config
+from .optim import ADAMW_SHARE
 
 # What is wrapped: dicts with a type under these keys, at any depth of a model.
 KEYS = ('backbone', 'teacher_backbone', 'image_encoder')
@@ -191,7 +192,9 @@ def _set_rates(optim_wrapper: dict | None) -> None:
     optim_wrapper['constructor'] = _CONSTRUCTOR
     factors = sum(entry.get('lr_mult', 1) != 1 for entry in paramwise.get('custom_keys', {}).values())
     rest = f', whatever {factors} entries of custom_keys say of the backbone' if factors else ''
-    _say(f'optim_wrapper.constructor={_CONSTRUCTOR}: what is added learns at the base rate{rest}')
+    is_sgd = _type_name(optim_wrapper.get('optimizer', {}).get('type')) == 'SGD'
+    rate = f"by AdamW, at {ADAMW_SHARE:g} of SGD's rate" if is_sgd else 'at the base rate'
+    _say(f'optim_wrapper.constructor={_CONSTRUCTOR}: what is added learns {rate}{rest}')
 
 
 def _add_package(config: Config) -> None:

@@ -11,7 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.optim.scheduler import LinearLR
 from mmengine.registry import MODELS
 
-from e3va_mm.optim import merge_groups
+from e3va_mm.optim import ADAMW_SHARE, merge_groups
 
 SETTINGS = Config.fromfile(ROOT / 'configs/_base_/schedules/small_sets.py').optim_wrapper
 
@@ -191,3 +191,75 @@ def test_warm_up_and_scaled_rates_are_no_factors(running):
     before = head.detach().clone()
     wrapper.optimizer.step()
     assert not torch.equal(head, before)
+
+
+def sgd_settings(**paramwise_cfg):
+    optimizer = dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4)
+    config = dict(constructor='MergedGroupsConstructor', optimizer=optimizer, paramwise_cfg=paramwise_cfg or None)
+    return Config(dict(optim_wrapper=config)).optim_wrapper
+
+
+def by_name(model, optimizer):
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group['params']}
+    return {name: groups[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    'paramwise_cfg', [{}, dict(norm_decay_mult=0.0), dict(custom_keys=dict(backbone=dict(lr_mult=0.1)))]
+)
+def test_beside_sgd_what_is_added_is_trained_by_adamw(paramwise_cfg):
+    torch.manual_seed(0)
+    model = segmentor(stir(e3va(mixer=dict(width=8))))
+    wrapper = build_optim_wrapper(model, sgd_settings(**paramwise_cfg))
+    groups = by_name(model, wrapper.optimizer)
+    added = {name for name, group in groups.items() if group.get('adaptive')}
+    assert added == {f'backbone.{name}' for name in model.backbone.adapter_parameters()}
+    assert {groups[name]['lr'] for name in added} == {0.02 * ADAMW_SHARE}
+    assert {groups[name]['lr'] for name in groups.keys() - added} == {0.02}
+
+    expected = copy.deepcopy(model)
+    adamw, sgd = [], []
+    for name, parameter in expected.named_parameters():
+        if parameter.requires_grad:
+            group = dict(params=[parameter], weight_decay=groups[name]['weight_decay'])
+            (adamw if name in added else sgd).append(group)
+    references = torch.optim.AdamW(adamw, lr=0.02 * ADAMW_SHARE), torch.optim.SGD(sgd, lr=0.02, momentum=0.9)
+
+    def loss(model):
+        maps = model.backbone(images())
+        return sum(each.square().mean() for each in maps) + sum(
+            each.square().sum() for each in model.decode_head.parameters()
+        )
+
+    for _ in range(3):
+        wrapper.update_params(loss(model))
+        loss(expected).backward()
+        for optimizer in references:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), expected.parameters()))
+
+    # A checkpoint and a copy go on as the original does.
+    resumed = copy.deepcopy(model)
+    other = build_optim_wrapper(resumed, sgd_settings(**paramwise_cfg))
+    other.load_state_dict(copy.deepcopy(wrapper.state_dict()))
+    for each, optimizer in ((model, wrapper), (resumed, other)):
+        optimizer.update_params(loss(each))
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), resumed.parameters()))
+
+
+def test_sgd_of_what_nothing_is_added_to_stays():
+    backbone = MODELS.build(dict(type='TunedBackbone', backbone=swin(), method=dict(type='BitFit')))
+    for model in (segmentor(backbone), segmentor(torch.nn.Linear(2, 2))):
+        assert type(build_optim_wrapper(model, sgd_settings()).optimizer) is torch.optim.SGD
+
+
+def test_plain_sgd_is_told_of(monkeypatch):
+    said = []
+    monkeypatch.setattr('e3va_mm.optim.print_log', lambda message, **_: said.append(message))
+    model = segmentor(e3va())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02).step()
+    assert len(said) == 1 and 'MergedGroupsConstructor' in said[0]
+    build_optim_wrapper(model, sgd_settings()).optimizer.step()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02).step()
+    assert len(said) == 1
