@@ -128,7 +128,7 @@ class Trial:
             self.model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(self.config)))
 
     def rates(self) -> None:
-        """The optimizer of the config's own constructor gives all that wrappers train the base rate, or AdamW's share."""
+        """The optimizer of the config's own constructor gives what wrappers train the base rate, or AdamW's share."""
         with contextlib.redirect_stdout(io.StringIO()):  # some constructors print every parameter
             self.optimizer = build_optim_wrapper(self.model, copy.deepcopy(self.optim_wrapper))
         base = self.optimizer.optimizer.defaults['lr']

@@ -30,6 +30,11 @@ class SGDWithAdamW(SGD):
     heads. Schedulers, clipping, AMP and checkpoints see one optimizer. Arguments are those of :class:`torch.optim.SGD`.
     """
 
+    def __init__(self, params, *args, **kwargs) -> None:
+        super().__init__(params, *args, **kwargs)
+        # With fused=True, SGD would undo AMP's scaling within its own step, for its own groups alone.
+        self._step_supports_amp_scaling = False
+
     def step(self, closure=None):
         groups = self.param_groups
         adaptive = [group for group in groups if group.get('adaptive')]

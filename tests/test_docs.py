@@ -10,6 +10,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from e3va_mm.optim import ADAMW_SHARE
 from e3va_mm.tune import find_config, tune
 
 PAGES = sorted(
@@ -52,7 +53,7 @@ CONFIGS = [block for block in python_blocks('docs/your_config.md') if '_base_' i
 
 @pytest.mark.parametrize('number', range(len(CONFIGS)))
 def test_configs_on_the_pages_build(number, tmp_path):
-    """Their backbones, in full size, and the optimizer's groups, of which the highway has the rate of the head."""
+    """Their backbones, in full size, and the optimizer's groups: the highway has the head's rate, or AdamW's."""
     (tmp_path / 'mine.py').write_text(CONFIGS[number])
     config = Config.fromfile(tmp_path / 'mine.py')
     config = config if config.model.backbone.type == 'E3VABackbone' else tune(config)
@@ -62,7 +63,8 @@ def test_configs_on_the_pages_build(number, tmp_path):
     optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
     highway = {id(parameter) for parameter in model.backbone.highway.parameters()}
     rates = {group['lr'] for group in optimizer.param_groups for each in group['params'] if id(each) in highway}
-    assert rates == {config.optim_wrapper.optimizer.lr}
+    given = config.optim_wrapper.optimizer
+    assert rates == {given.lr * (ADAMW_SHARE if given.type == 'SGD' else 1)}
 
 
 NAMES = {name for page in PAGES for name in re.findall(r'(?:mmdet|mmseg|e3va_mm)::\w+/[\w./-]+', page.read_text())}

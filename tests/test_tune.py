@@ -14,7 +14,7 @@ from torch import nn
 import e3va_mm
 from e3va_mm import launch
 from e3va_mm.checkpoints.base_weights import names_weights
-from e3va_mm.optim import parameters_by_origin
+from e3va_mm.optim import ADAMW_SHARE, parameters_by_origin
 from e3va_mm.tune import find_config, name_bases
 
 SWIN = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512'
@@ -298,7 +298,8 @@ def test_what_stock_configs_add_learns_at_their_own_rate(name):
     assert names_weights(SimpleNamespace(init_cfg=backbone.get('init_cfg')))
     init_default_scope(tuned.default_scope)
     rates, _ = rates_of(tuned)
-    assert rates == {tuned.optim_wrapper.optimizer.lr}
+    optimizer = tuned.optim_wrapper.optimizer
+    assert rates == {optimizer.lr * (ADAMW_SHARE if optimizer.type == 'SGD' else 1)}
 
 
 def options_of(*pairs):
