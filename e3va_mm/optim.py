@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from collections.abc import Iterator
 
 from mmengine.config import Config
-from mmengine.logging import MessageHub, print_log
+from mmengine.logging import MessageHub, MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import nn
@@ -78,11 +79,17 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
         return super().__call__(model)
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:
-        super().add_params(params, module, prefix, is_dcn_module)
-        if not prefix:
-            if self.base_lr is not None:
-                self._restore_rates(params, module)
-            params[:] = merge_groups(params)
+        if prefix:
+            super().add_params(params, module, prefix, is_dcn_module)
+            return
+        with _without_paramwise_lines():
+            super().add_params(params, module, prefix, is_dcn_module)
+        if self.base_lr is not None:
+            self._restore_rates(params, module)
+        params[:] = merge_groups(params)
+        for group in params:
+            settings = ', '.join(f'{key}={value}' for key, value in group.items() if key != 'params')
+            print_log(f'{len(group["params"])} parameters: {settings or "as the optimizer has it"}', logger='current')
 
     def _restore_rates(self, params: list[dict], model: nn.Module) -> None:
         """Sets the base rate in the groups, of one parameter each, of what wrappers of ``model`` have added."""
@@ -106,6 +113,21 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
     def rate_of_added(self, parameter: nn.Parameter) -> float:
         """The learning rate of what a wrapper has added, before the factor of an entry that is meant for it."""
         return self.base_lr
+
+
+@contextlib.contextmanager
+def _without_paramwise_lines() -> Iterator[None]:
+    """Keeps mmengine's lines for each setting of each parameter, which may not be the last word, out of the log."""
+    logger = MMLogger.get_current_instance()
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith('paramwise_options')
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def parameters_by_origin(model: nn.Module) -> tuple[dict[str, nn.Parameter], set[str]]:

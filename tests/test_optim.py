@@ -1,12 +1,13 @@
 """The optimizer's parameter groups."""
 
 import copy
+import logging
 
 import pytest
 import torch
 from conftest import ROOT, e3va, images, stir, swin
 from mmengine.config import Config
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.optim.scheduler import LinearLR
 from mmengine.registry import MODELS
@@ -45,6 +46,22 @@ def test_each_parameter_keeps_its_settings_in_few_groups():
     assert settings_of(merged) == settings_of(stock)
     assert len(merged.optimizer.param_groups) == 3 < len(stock.optimizer.param_groups)
     assert {len(group['params']) for group in stock.optimizer.param_groups} == {1}
+
+
+def test_the_log_has_a_line_a_group_and_none_that_does_not_hold():
+    logger, lines = MMLogger.get_current_instance(), []
+    listener = logging.Handler()
+    listener.emit = lambda record: lines.append(record.getMessage())
+    model = segmentor(e3va())
+    logger.addHandler(listener)
+    try:
+        wrapper = build_optim_wrapper(model, settings(backbone=0.1).optim_wrapper)
+    finally:
+        logger.removeHandler(listener)
+    groups = wrapper.optimizer.param_groups
+    expected = [f'{len(group["params"])} parameters: lr={group["lr"]}, ' for group in groups]
+    lines = [line for line in lines if 'param' in line]
+    assert [line[: len(start)] for line, start in zip(lines, expected)] == expected and len(lines) == len(groups)
 
 
 @pytest.mark.parametrize('accumulated', [1, 2])
@@ -256,7 +273,9 @@ def test_sgd_of_what_nothing_is_added_to_stays():
 
 def test_plain_sgd_is_told_of(monkeypatch):
     said = []
-    monkeypatch.setattr('e3va_mm.optim.print_log', lambda message, **_: said.append(message))
+    monkeypatch.setattr(
+        'e3va_mm.optim.print_log', lambda message, **_: said.append(message) if 'hardly' in message else None
+    )
     model = segmentor(e3va())
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02).step()
     assert len(said) == 1 and 'MergedGroupsConstructor' in said[0]
