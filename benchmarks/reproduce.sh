@@ -177,7 +177,8 @@ growth() {  # with the size of images, and with that of the backbone; giants has
 }
 
 sgd() {  # not in all: small enough for a CPU, on images that demo/run.py writes
-    train sgd --datasets demo-sgd --held-out --seeds 0 1 --methods frozen e3va e3va+allsgd adapter lora full
+    train sgd --datasets demo-sgd --held-out --seeds 0 1 \
+        --methods frozen e3va{,+rate3,+rate10,+allsgd} adapter lora full
 }
 
 operators() {  # not in all: PURE_MMCV is a folder with an mmcv that has no compiled operators; the interpreter's own has
