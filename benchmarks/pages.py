@@ -82,9 +82,7 @@ def format_fits(fits: Path) -> str:
 
 
 def format_scaling(several: Path) -> str:
-    """Steps of one and of several GPUs; nothing as long as they have not been measured."""
-    if not several.is_file():
-        return ''
+    """Steps of one and of several GPUs."""
     rows = load_rows(several)
     return cost_tables.format_scaling(rows) + _source(rows, 'several')
 

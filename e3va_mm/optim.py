@@ -71,8 +71,8 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module):
         added, stock = parameters_by_origin(model)
         named = self.optimizer_cfg.get('type')
-        self.is_sgd = (OPTIMIZERS.get(named) if isinstance(named, str) else named) in (SGD, SGDWithAdamW)
-        if self.is_sgd and added.keys() - stock:
+        self._is_sgd = (OPTIMIZERS.get(named) if isinstance(named, str) else named) in (SGD, SGDWithAdamW)
+        if self._is_sgd and added.keys() - stock:
             self.optimizer_cfg = {**self.optimizer_cfg, 'type': SGDWithAdamW}
             # Without settings for single parameters, mmengine makes one group of all.
             self.paramwise_cfg = self.paramwise_cfg or dict(custom_keys={})
@@ -107,7 +107,7 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
                 group['lr'] = self.rate_of_added(group['params'][0]) * factor
                 if factor != 1:
                     group['lr_mult'] = factor
-                if self.is_sgd and name not in stock:
+                if self._is_sgd and name not in stock:
                     group.update(adaptive=True, lr=ADAMW_SHARE * group['lr'])
 
     def rate_of_added(self, parameter: nn.Parameter) -> float:

@@ -113,7 +113,6 @@ def test_scaling(tmp_path):
     run = {**sharded, **times, **{f'{key}_quartiles': [value - 0.001, value] for key, value in times.items()}}
     runs = {'e3va+bf16': run, 'e3va+bf16+bn+sharded': sharded}
     path = tmp_path / 'several_gpus.json'
-    assert pages.format_scaling(path) == ''
     path.write_text(json.dumps({'cases': {name: {**case, 'method': name, 'runs': [runs[name]]} for name in runs}}))
     text = pages.format_scaling(path)
     assert (

@@ -98,9 +98,8 @@ def describe_exchange(model: nn.Module, num_processes: int) -> list[str]:
     parts = synchronized_parts(model)
     if parts:
         lines.append(
-            f'SyncBN in {", ".join(parts)} waits for all processes at every norm, which makes steps of UPerNet '
-            "9 % longer on two GPUs: with 4 images a GPU or more try norm_cfg=dict(type='BN') there, or GN; "
-            'see docs/several_gpus.md'
+            f'SyncBN in {", ".join(parts)} waits for all processes at every norm: with 4 images a GPU or more try '
+            "norm_cfg=dict(type='BN') there, or GN; docs/several_gpus.md has what it costs"
         )
     return lines
 
