@@ -6,10 +6,10 @@ table of the file is printed.
 """
 
 import argparse
+import fcntl
 import itertools
 import json
 import sys
-import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,6 +32,7 @@ DATASETS = {
     # The images are those that demo/run.py writes.
     'demo-sgd': 'benchmarks/configs/fcn_{}_1xb4-240_demo-sgd.py',
 }
+EMPTY = '{"runs": {}}'
 BACKBONES = ('swin-nano', 'vit-tiny', 'efficientnet-lite0')
 
 
@@ -103,6 +104,26 @@ def _ranked_rates(ranked: dict[tuple[str, str], list[float]], config: str, metho
     raise SystemExit(f'--rates-from has no rate for {method} on {dataset}; it has {sorted(ranked)}')
 
 
+def read_runs(path: Path) -> dict:
+    if not path.is_file():
+        return json.loads(EMPTY)
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        return json.load(file)
+
+
+def add_run(path: Path, name: str, result: dict) -> None:
+    """Adds a run to a result file, to which other grids may be adding theirs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a+') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        content = json.loads(file.read() or EMPTY)
+        content['runs'][name] = result
+        file.truncate(0)
+        file.write(json.dumps(content, indent=1, sort_keys=True) + '\n')
+
+
 def main() -> None:
     args = parse_args()
     if args.learning_rates and args.rates_from:
@@ -110,18 +131,15 @@ def main() -> None:
     if args.folds and not args.held_out:
         raise SystemExit('--folds needs --held-out')
     out = Path(args.out)
-    content = json.loads(out.read_text()) if out.is_file() else {'runs': {}}
-    lock = threading.Lock()
 
     def collect(run: Run, result: dict) -> None:
-        with lock:
-            content['runs'][run.name] = {**result, **provenance(args.commit), 'jobs': args.jobs}
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(content, indent=1, sort_keys=True) + '\n')
+        add_run(out, run.name, {**result, **provenance(args.commit), 'jobs': args.jobs})
         print(run.name, result['report']['metrics'], flush=True)
 
-    missing = [run for run in plan(args) if run.name not in content['runs']]
+    known = read_runs(out)['runs']
+    missing = [run for run in plan(args) if run.name not in known]
     run_all(missing, Path(args.work_dir), args.jobs, collect, args.time_limit, args.package.resolve())
+    content = read_runs(out)
     left = [run.name for run in missing if run.name not in content['runs']]
     if left:
         raise SystemExit(f'--time-limit is over; {len(left)} of {len(missing)} runs have not been started')

@@ -42,7 +42,9 @@ def hold_out(config: str, fold: int = FOLDS[-1]) -> list[str]:
     # A fold of its own has files of its own, so that grids of several can run beside one another.
     train, val = paths = [f'held_out/fold{fold}_{part}.{suffix}' for part in ('train', 'val')]
     for path, text in zip(paths, _PARTS[dataset.type](dataset, root, fold)):
-        (root / path).write_text(text)
+        # Other grids' runs may be reading it.
+        if not (root / path).is_file() or (root / path).read_text() != text:
+            (root / path).write_text(text)
     options = [f'train_dataloader.dataset.ann_file={train}', f'val_dataloader.dataset.ann_file={val}']
     options += [f'val_dataloader.dataset.data_prefix.{key}={value}' for key, value in dataset.data_prefix.items()]
     if dataset.type == 'CocoDataset':

@@ -93,19 +93,27 @@ seeds() {  # six more of what matters, and folds of BCCD
     folds --seeds 0 --methods $wide+{mixrate10,rate10,rate3} $wide+graph1+rate{5,20} $wide+graph2+rate5
 }
 
-# What may become the recipe, at a third, once and three times the rate of a config, on held-out images.
+# What may become the recipe, and what it is compared with, on held-out images at a third, once and three times a rate that
+# suits the set. The sets take turns on the GPUs at once, since the last runs of each leave them idle.
 recipe() {
-    try() {  # data sets, backbones, rates
+    local candidates=(e3va+fanin{,+norm} $wide+fanin{,+norm}) pids=()
+    at() {  # share of the jobs, data set, backbones, rates, methods
         # shellcheck disable=SC2086
-        train recipe --train-args amp --held-out --schedule 0.5 --methods frozen e3va e3va+fanin{,+norm} --seeds ${SEEDS:-0 1 2} \
-            --datasets $1 --backbones $2 --learning-rates $3
+        JOBS=$(((${JOBS:-12} * $1 + 11) / 12)) train recipe --train-args amp --held-out --schedule 0.5 --seeds ${SEEDS:-0 1 2} \
+            --datasets "$2" --backbones $3 --learning-rates $4 --methods "${@:5}"
     }
-    try 'bccd nuclei' "$everywhere" 1e-3
-    try camvid swin-nano 1e-2
-    try camvid 'vit-tiny efficientnet-lite0' 3e-3
-    try 'bccd nuclei' "$everywhere" '3e-4 3e-3'
-    try camvid swin-nano '3e-3 3e-2'
-    try camvid 'vit-tiny efficientnet-lite0' '1e-3 1e-2'
+    on() {  # share of the jobs, data set, backbones, rate, the others
+        at "$1" "$2" "$3" "$4" frozen e3va "${candidates[@]}" full adapter lora
+        at "$1" "$2" "$3" "$5" frozen e3va "${candidates[@]}"
+        at "$1" "$2" "$3" "$5" full adapter lora
+        [[ $3 != swin-nano* ]] || at "$1" "$2" swin-nano "$4 $5" mona
+        return "$missing"
+    }
+    on 4 nuclei "$everywhere" 1e-3 '3e-4 3e-3' & pids+=($!)
+    on 4 bccd "$everywhere" 1e-3 '3e-4 3e-3' & pids+=($!)
+    on 1 camvid swin-nano 1e-2 '3e-3 3e-2' & pids+=($!)
+    on 3 camvid 'vit-tiny efficientnet-lite0' 3e-3 '1e-3 1e-2' & pids+=($!)
+    for pid in "${pids[@]}"; do wait "$pid" || missing=1; done
 }
 
 # In fp32 but for what the options change.

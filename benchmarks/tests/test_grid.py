@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,13 @@ def test_grid_of_learning_rates():
     names = [run.name for run in grid.plan(grid_args(learning_rates=[1e-3, 3e-3], methods=['e3va+mixer']))]
     stem = 'e3va-swin-nano_upernet_1xb8-600_shapes-96x96_e3va+mixer'
     assert names == [f'{stem}_lr{rate}_seed{seed}' for seed in (0, 1) for rate in (0.001, 0.003)]
+
+
+def test_grids_share_a_result_file(tmp_path):
+    out = tmp_path / 'results' / 'out.json'
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: grid.add_run(out, f'run {number}', {'seed': number}), range(40)))
+    assert grid.read_runs(out) == {'runs': {f'run {number}': {'seed': number} for number in range(40)}}
 
 
 def test_a_share_of_the_schedule():
