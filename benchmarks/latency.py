@@ -39,6 +39,8 @@ VARIANTS = {
     'E³VA + mixers': ('e3va', {'model.backbone.frozen_dtype': None, 'model.backbone.mixer': {}}),
 }
 
+ENGINES = ('torch', 'torch-amp', 'onnxruntime')
+
 
 class Backbone(nn.Module):
     def __init__(self, model: nn.Module) -> None:
@@ -97,6 +99,11 @@ def in_onnxruntime(model: nn.Module, image: Tensor, folder: str) -> Callable[[],
     return lambda: session.run(None, inputs)
 
 
+def in_torch(model: nn.Module, image: Tensor, amp: bool) -> None:
+    with torch.autocast(image.device.type, torch.float16, enabled=amp):
+        model(image)
+
+
 def timed(call: Callable[[], object]) -> float:
     """Seconds; of the clock, since onnxruntime has threads of its own."""
     start = time.perf_counter()
@@ -112,9 +119,9 @@ def measure(part: str, image: Tensor, rounds: int, engines: list[str]) -> list[d
     with tempfile.TemporaryDirectory() as folder:
         for variant in VARIANTS:
             model = PARTS[part](build(variant, str(image.device))).eval()
-            if 'torch' in engines:
-                calls[variant, 'torch'] = lambda model=model: model(image)
-                model(image)  # The first pass of a highway is checked.
+            model(image)  # The first pass of a highway is checked.
+            for engine in (each for each in engines if each != 'onnxruntime'):
+                calls[variant, engine] = partial(in_torch, model, image, engine == 'torch-amp')
             if 'onnxruntime' in engines:
                 calls[variant, 'onnxruntime'] = in_onnxruntime(model, image, folder)
         calls = {key: partial(timed, call) for key, call in calls.items()}
@@ -133,21 +140,26 @@ def measure(part: str, image: Tensor, rounds: int, engines: list[str]) -> list[d
     ]
 
 
-@torch.no_grad()
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--out', required=True, help='.json file to write')
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--size', type=int, default=512)
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS))
-    parser.add_argument('--engines', nargs='+', choices=('torch', 'onnxruntime'), default=['torch', 'onnxruntime'])
-    args = parser.parse_args()
+    parser.add_argument('--engines', nargs='+', choices=ENGINES, default=['torch', 'onnxruntime'])
+    parser.add_argument('--commit', help='recorded in the results; default: asked of git')
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse_args()
     # Shift masks make softmax put out denormal numbers, with which CPUs are slow, by as much as the weights have it.
     torch.set_flush_denormal(True)
     image = torch.randn(1, 3, args.size, args.size, device='cuda' if torch.cuda.is_available() else 'cpu')
     rows = [row for part in args.parts for row in measure(part, image, args.rounds, args.engines)]
     settings = {'config': CONFIG, 'size': args.size, 'batch': 1, 'threads': torch.get_num_threads()}
-    found = {'load': round(os.getloadavg()[0], 1), **settings, **provenance(), 'rows': rows}
+    found = {'load': round(os.getloadavg()[0], 1), **settings, **provenance(args.commit), 'rows': rows}
     Path(args.out).write_text(json.dumps(found, indent=1, ensure_ascii=False))
     for row in rows:
         print(

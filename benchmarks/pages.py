@@ -115,18 +115,21 @@ def _costs(path: Path) -> list[dict]:
     return [row for row in rows if 'step_seconds' in row]
 
 
-def format_latency(latency: Path) -> str:
-    """Milliseconds of an image, and the ratio to the stock model's; a column an engine and part."""
-    found = read(latency)
-    rows = {(row['part'], row['engine'], row['variant']): row for row in found['rows']}
-    columns, variants = ({key[place]: 0 for key in rows} for place in (slice(0, 2), 2))
-    lines = [
-        [variant, *('{median_ms:.0f} ms, × {ratio:.2f}'.format(**rows[(*column, variant)]) for column in columns)]
-        for variant in variants
-    ]
-    titles = ['Swin-T', *(f'{part}, {engine}' for part, engine in columns)]
-    source = f'{found["size"]}², batch 1, {found["threads"]} thread(s) of {found["device"]}, {found["date"]}'
-    return f'{table(titles, lines)}\n\nMeasured at {source}, by `benchmarks/latency.py`; medians.'
+def format_latency(*paths: Path) -> str:
+    """Milliseconds of an image, and the ratio to the stock model's; a table a device, a column an engine and part."""
+    parts = []
+    for found in map(read, filter(Path.is_file, paths)):
+        rows = {(row['part'], row['engine'], row['variant']): row for row in found['rows']}
+        columns, variants = ({key[place]: 0 for key in rows} for place in (slice(0, 2), 2))
+        lines = [
+            [variant, *('{median_ms:.3g} ms, × {ratio:.2f}'.format(**rows[(*column, variant)]) for column in columns)]
+            for variant in variants
+        ]
+        titles = ['Swin-T', *(f'{part}, {engine}' for part, engine in columns)]
+        threads = f'{found["threads"]} thread(s) of ' if found['device'].startswith('cpu') else ''
+        source = f'{found["size"]}², batch 1, {threads}{found["device"]}, {found["date"]}'
+        parts.append(f'{table(titles, lines)}\n\nMeasured at {source}, by `benchmarks/latency.py`; medians.')
+    return '\n\n'.join(parts)
 
 
 def demo_cells(row: dict) -> list[str]:

@@ -170,7 +170,8 @@ giants() {  # the larger the backbone, the more of the memory is its weights'
     measure fits_giants --precisions amp-fp16 --measure fits --most-images 16 --steps 8 --warmup 3 --tasks \
         --methods "${methods[@]}" \
         --and --configs "configs/ade20k/dinov3-7b_$name" \
-        --and --configs "configs/ade20k/dinov2-g_$name" --image-sizes 896x896 --methods "${methods[@]}" full
+        --and --configs "configs/ade20k/dinov2-g_$name" --image-sizes 896x896 --methods "${methods[@]}" full \
+        --and --tasks cascade-mask-rcnn --sizes l --methods e3va+bf16{,+taps-float8+sampled} frozen lora full
 }
 
 growth() {  # with the size of images, and with that of the backbone; giants has the largest
@@ -225,6 +226,14 @@ shared() {  # many tasks by one frozen pass
     run benchmarks/shared_pass.py --out $results/shared_pass.json --sizes l --image-sizes 512x512 800x1344 --methods e3va+bf16
 }
 
+latency() {  # of one image
+    local out=$results/latency_gpu.json
+    [ ! -f $out ] || return 0
+    [ $((limit - SECONDS)) -gt 0 ] || { missing=1; return; }
+    timeout $((limit - SECONDS)) "$python" benchmarks/latency.py --out $out --rounds 50 --engines torch torch-amp \
+        "${commit[@]}" || missing=1
+}
+
 several() {  # not in all: two GPUs that train together; BN in the heads does not wait for the other's
     local giant=configs/ade20k/dinov3-7b_upernet_8xb2-160k_ade20k-512x512.py
     local segmentor='--tasks upernet --sizes l' detector='--tasks retinanet --sizes l'
@@ -240,7 +249,7 @@ several() {  # not in all: two GPUs that train together; BN in the heads does no
         --and $cascade --methods {frozen,lora}+bn
 }
 
-parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads recipe cost giants growth steps masks shared'
+parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads recipe cost giants growth steps masks shared latency'
 for part in ${*:-$parts}; do
     [[ " $parts operators several sgd " == *" $part "* ]] || {
         echo "unknown part $part; known are $parts operators several sgd" >&2

@@ -72,7 +72,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/several_gpus.md', 'gradients', _costs, ('gradients',)),
     ('docs/several_gpus.md', 'several_gpus', pages.format_scaling, ('several_gpus',)),
     ('docs/shared.md', 'shared', pages.format_shared, SHARED),
-    ('docs/deployment.md', 'latency', pages.format_latency, ('latency_cpu',)),
+    ('docs/deployment.md', 'latency', pages.format_latency, ('latency_gpu', 'latency_cpu')),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),
     ('docs/backbones.md', 'families', _families, ()),
     *(('docs/coverage.md', name, make, ('coverage',)) for name, make in COVERAGE.items()),

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks import cost, grid, shared_pass
+from benchmarks import cost, grid, latency, shared_pass
 from benchmarks.training import ROOT
 from e3va_mm.tune import find_config
 
@@ -25,7 +25,7 @@ def test_what_reproduce_runs_exists(tmp_path, monkeypatch):
     call_reproduce(tmp_path, 'several')
     call, commands = call_reproduce(tmp_path)
     assert call.returncode == 0 and 'results are complete' in call.stdout and not call.stderr
-    scripts = {f'benchmarks/{name}.py' for name in ('grid', 'cost', 'shared_pass')}
+    scripts = {f'benchmarks/{name}.py' for name in ('grid', 'cost', 'shared_pass', 'latency')}
     assert {command[0] for command in commands} == scripts
     for command in commands:
         monkeypatch.setattr(sys, 'argv', command)
@@ -36,6 +36,9 @@ def test_what_reproduce_runs_exists(tmp_path, monkeypatch):
             continue
         if command[0] == 'benchmarks/shared_pass.py':
             assert shared_pass.parse_args().sizes == ['l']
+            continue
+        if command[0] == 'benchmarks/latency.py':
+            assert latency.parse_args().commit == 'abc'
             continue
         args = grid.parse_args()
         assert args.commit == 'abc'
