@@ -13,6 +13,7 @@ from benchmarks.methods import label
 MODELS = {
     'upernet swin-l': 'UPerNet Swin-L, 512²',
     'retinanet swin-l': 'RetinaNet Swin-L, 800 × 1344',
+    'cascade-mask-rcnn swin-l': 'Cascade Mask R-CNN Swin-L, 800 × 1344',
     'cascade-mask-rcnn swin-b': 'Cascade Mask R-CNN Swin-B, 800 × 1344',
 }
 CONFIGS = {

@@ -124,7 +124,7 @@ def main() -> None:
     measured = [RESULTS / f'{name}.json' for name in SHARED if (RESULTS / f'{name}.json').is_file()]
     draw_shared([row for path in measured for row in pages.shared_rows(path)], ROOT / 'docs/images/shared_pass.png')
     growth = [RESULTS / f'{name}.json' for name in ('growth_images', 'growth_backbones', 'fits_giants')]
-    pictures = ('docs/images/growth_images.png', 'benchmarks/images/growth_backbones.png')
+    pictures = ('docs/images/growth_images.png', 'docs/images/growth_backbones.png')
     for rows, picture in zip(pages.growth_rows(*growth), pictures):
         if rows:
             draw_growth(rows, ROOT / picture)
