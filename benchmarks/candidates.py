@@ -21,6 +21,8 @@ from e3va_mm.optim import MergedGroupsConstructor
 
 # The fan-in at which a parameter learns at the config's rate, and the rate that the highway's do not rise above.
 REFERENCE, HIGHEST = 256, 5e-4
+# The rate that OwnRateConstructor's do not rise above.
+OWN_RATE = 0.01
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -40,6 +42,15 @@ class FanInRatesConstructor(MergedGroupsConstructor):
     def rate_of_added(self, parameter: nn.Parameter) -> float:
         fan_in = self.fan_ins.get(id(parameter))
         return self.base_lr if fan_in is None else min(self.base_lr, HIGHEST) * REFERENCE / fan_in
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class OwnRateConstructor(FanInRatesConstructor):
+    """A rate of its own for adapters and mixers: ``min(10 lr, 0.01)``, less behind more than 256 elements."""
+
+    def rate_of_added(self, parameter: nn.Parameter) -> float:
+        fan_in = self.fan_ins.get(id(parameter))
+        return self.base_lr if fan_in is None else min(10 * self.base_lr, OWN_RATE) * min(1, REFERENCE / fan_in)
 
 
 def fan_ins(model: nn.Module) -> dict[int, int]:

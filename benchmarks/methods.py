@@ -32,6 +32,7 @@ OPTIONS = {
     'graphN': ('{} stage(s) in the graph', {'graph_stages': 'N'}),
     # Not of the backbone's config: see benchmarks/candidates.py and benchmarks/bench.py.
     'fanin': ('rates by fan-in', {}),
+    'ownrate': ('a rate of its own', {}),
     'norm': ('normalised taps', {}),
     'allsgd': ('all by SGD', {}),
     'masks': ('masks moved once', {}),
@@ -41,6 +42,7 @@ OPTIONS = {
 # What options change that are tried by benchmarks/candidates.py.
 CANDIDATES = {
     'fanin': ('optim_wrapper.constructor', 'FanInRatesConstructor'),
+    'ownrate': ('optim_wrapper.constructor', 'OwnRateConstructor'),
     'norm': ('model.backbone.type', 'NormalisedE3VABackbone'),
     'allsgd': ('optim_wrapper.constructor', 'DefaultOptimWrapperConstructor'),
 }

@@ -96,16 +96,17 @@ seeds() {  # six more of what matters, and folds of BCCD
 # What may become the recipe, and what it is compared with, on held-out images at a third, once and three times a rate that
 # suits the set. The sets take turns on the GPUs at once, since the last runs of each leave them idle.
 recipe() {
-    local candidates=(e3va+fanin{,+norm} $wide+fanin{,+norm}) pids=()
+    local tried=(e3va+fanin{,+norm} $wide+fanin{,+norm}) pids=()
     at() {  # share of the jobs, data set, backbones, rates, methods
         # shellcheck disable=SC2086
         JOBS=$(((${JOBS:-12} * $1 + 11) / 12)) train recipe --train-args amp --held-out --schedule 0.5 --seeds ${SEEDS:-0 1 2} \
             --datasets "$2" --backbones $3 --learning-rates $4 --methods "${@:5}"
     }
     on() {  # share of the jobs, data set, backbones, rate, the others
-        at "$1" "$2" "$3" "$4" frozen e3va "${candidates[@]}" full adapter lora
-        at "$1" "$2" "$3" "$5" frozen e3va "${candidates[@]}"
-        at "$1" "$2" "$3" "$5" full adapter lora
+        at "$1" "$2" "$3" "$4" frozen e3va full adapter lora "${tried[@]}" {e3va,$wide}+ownrate
+        at "$1" "$2" "$3" "$5" $wide+ownrate
+        at "$1" "$2" "$3" "$5" adapter lora e3va
+        at "$1" "$2" "$3" "$5" frozen full e3va+ownrate
         [[ $3 != swin-nano* ]] || at "$1" "$2" swin-nano "$4 $5" mona
         return "$missing"
     }

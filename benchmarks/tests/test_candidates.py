@@ -7,7 +7,7 @@ from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
-from benchmarks.candidates import HIGHEST, REFERENCE
+from benchmarks.candidates import HIGHEST, OWN_RATE, REFERENCE
 from benchmarks.methods import cfg_options
 
 SWIN = dict(
@@ -15,14 +15,14 @@ SWIN = dict(
 )
 
 
-def rates(lr, **custom_keys):
+def rates(lr, method='e3va+fanin', **custom_keys):
     """Of each parameter of a small backbone with a mixer, by name."""
     model = build(type='E3VABackbone', adapter=dict(rank=4), mixer=dict(width=8))
     custom_keys = dict({'norm': dict(decay_mult=0.0)}, **custom_keys)
     config = ConfigDict(
         optimizer=dict(type='AdamW', lr=lr, weight_decay=0.05), paramwise_cfg=dict(custom_keys=custom_keys)
     )
-    config.constructor = dict(option.split('=') for option in cfg_options('e3va+fanin'))['optim_wrapper.constructor']
+    config.constructor = dict(option.split('=') for option in cfg_options(method))['optim_wrapper.constructor']
     wrapper = build_optim_wrapper(model, config)
     by_id = {id(each): group['lr'] for group in wrapper.optimizer.param_groups for each in group['params']}
     return {name: by_id[id(parameter)] for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -69,3 +69,10 @@ def test_the_highway_has_a_highest_rate_and_entries_that_name_it_count():
     assert math.isclose(rates(1e-2)['highway.0.core'], HIGHEST * REFERENCE / 4)
     assert rates(1e-2)['backbone.norm1.weight'] == 1e-2
     assert math.isclose(rates(1e-4, highway=dict(lr_mult=0.1))['highway.0.core'], 1e-5 * REFERENCE / 4)
+
+
+def test_a_rate_of_its_own():
+    for lr, expected in ((1e-4, 1e-3), (1e-3, OWN_RATE), (1e-2, OWN_RATE)):
+        found = rates(lr, 'e3va+ownrate')
+        assert all(math.isclose(found[name], expected) for name in ('highway.1.core', 'mixers.1.0.down.weight'))
+        assert found['mixers.1.0.norm.weight'] == found['backbone.norm1.weight'] == lr
