@@ -154,6 +154,9 @@ def parse_args() -> argparse.Namespace:
 @torch.no_grad()
 def main() -> None:
     args = parse_args()
+    if Path(args.out).is_file():
+        print(f'{args.out} is there; delete it to measure again')
+        return
     # Shift masks make softmax put out denormal numbers, with which CPUs are slow, by as much as the weights have it.
     torch.set_flush_denormal(True)
     image = torch.randn(1, 3, args.size, args.size, device='cuda' if torch.cuda.is_available() else 'cpu')

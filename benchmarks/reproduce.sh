@@ -229,7 +229,6 @@ shared() {  # many tasks by one frozen pass
 
 latency() {  # of one image
     local out=$results/latency_gpu.json
-    [ ! -f $out ] || return 0
     [ $((limit - SECONDS)) -gt 0 ] || { missing=1; return; }
     timeout $((limit - SECONDS)) "$python" benchmarks/latency.py --out $out --rounds 50 --engines torch torch-amp \
         "${commit[@]}" || missing=1
