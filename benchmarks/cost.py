@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cost_tables import group_rows, load_rows, report
 from benchmarks.methods import METHODS_HELP, backbone_of
-from benchmarks.training import ROOT, provenance, python_path
+from benchmarks.training import ROOT, parse_parts, provenance, python_path
 from e3va_mm.tune import find_config
 
 TASKS = {
@@ -73,11 +73,7 @@ def parse_args() -> list[argparse.Namespace]:
     add('--cfg-options', nargs='+', action=DictAction, default={}, help='overrides of all configs')
     add('--time-limit', type=float, default=float('inf'), help='seconds; none is started after them')
     add('--commit', help='recorded in the results; default: asked of git')
-    parts = [[]]
-    for argument in sys.argv[1:]:
-        parts.append([]) if argument == '--and' else parts[-1].append(argument)
-    common, *others = parts
-    parsed = [parser.parse_args(common + other) for other in others or [[]]]
+    parsed = parse_parts(parser)
     for args in parsed:
         if args.measure == 'in-turn' and args.packages:
             parser.error('--packages have processes of their own, and can not be measured --measure in-turn')

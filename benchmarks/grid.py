@@ -2,14 +2,14 @@
 """Trains a grid of data sets, methods and seeds, several at a time, and collects the results in one JSON file.
 
 Runs that are already in the file are not repeated, so an interrupted grid goes on where it stopped. At the end the
-table of the file is printed.
+table of the file is printed. Options before a first ``--and`` are common to the grids that follow, which share jobs.
 """
 
 import argparse
-import fcntl
 import itertools
 import json
 import sys
+import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.accuracy import dataset_of, format_runs, group_runs
 from benchmarks.held_out import FOLDS, hold_out, ranked_rates
 from benchmarks.methods import METHODS_HELP, cfg_options, config_prefix, tune_flags
-from benchmarks.training import ROOT, Run, provenance, run_all, shorten
+from benchmarks.training import ROOT, Run, parse_parts, provenance, run_all, shorten
 
 DATASETS = {
     'camvid': 'configs/camvid/{}_upernet_1xb16-600_camvid-352x480.py',
@@ -32,11 +32,10 @@ DATASETS = {
     # The images are those that demo/run.py writes.
     'demo-sgd': 'benchmarks/configs/fcn_{}_1xb4-240_demo-sgd.py',
 }
-EMPTY = '{"runs": {}}'
 BACKBONES = ('swin-nano', 'vit-tiny', 'efficientnet-lite0')
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> list[argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('--datasets', nargs='+', choices=DATASETS, default=['camvid', 'bccd', 'nuclei'])
@@ -63,7 +62,13 @@ def parse_args() -> argparse.Namespace:
     add('--out', required=True, help='JSON file that collects the results')
     add('--time-limit', type=float, default=float('inf'), help='seconds; no run is started after them')
     add('--commit', help='recorded in the results; default: asked of git')
-    return parser.parse_args()
+    parts = parse_parts(parser)
+    for args in parts:
+        if args.learning_rates and args.rates_from:
+            parser.error('--learning-rates and --rates-from exclude one another')
+        if args.folds and not args.held_out:
+            parser.error('--folds needs --held-out')
+    return parts
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
@@ -104,42 +109,22 @@ def _ranked_rates(ranked: dict[tuple[str, str], list[float]], config: str, metho
     raise SystemExit(f'--rates-from has no rate for {method} on {dataset}; it has {sorted(ranked)}')
 
 
-def read_runs(path: Path) -> dict:
-    if not path.is_file():
-        return json.loads(EMPTY)
-    with open(path) as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        return json.load(file)
-
-
-def add_run(path: Path, name: str, result: dict) -> None:
-    """Adds a run to a result file, to which other grids may be adding theirs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a+') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        content = json.loads(file.read() or EMPTY)
-        content['runs'][name] = result
-        file.truncate(0)
-        file.write(json.dumps(content, indent=1, sort_keys=True) + '\n')
-
-
 def main() -> None:
-    args = parse_args()
-    if args.learning_rates and args.rates_from:
-        raise SystemExit('--learning-rates and --rates-from exclude one another')
-    if args.folds and not args.held_out:
-        raise SystemExit('--folds needs --held-out')
-    out = Path(args.out)
+    parts = parse_args()
+    args, out = parts[0], Path(parts[0].out)
+    content = json.loads(out.read_text()) if out.is_file() else {'runs': {}}
+    lock = threading.Lock()
 
     def collect(run: Run, result: dict) -> None:
-        add_run(out, run.name, {**result, **provenance(args.commit), 'jobs': args.jobs})
+        with lock:
+            content['runs'][run.name] = {**result, **provenance(args.commit), 'jobs': args.jobs}
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(content, indent=1, sort_keys=True) + '\n')
         print(run.name, result['report']['metrics'], flush=True)
 
-    known = read_runs(out)['runs']
-    missing = [run for run in plan(args) if run.name not in known]
+    runs = sorted(itertools.chain(*map(plan, parts)), key=lambda run: run.seed)
+    missing = [run for run in runs if run.name not in content['runs']]
     run_all(missing, Path(args.work_dir), args.jobs, collect, args.time_limit, args.package.resolve())
-    content = read_runs(out)
     left = [run.name for run in missing if run.name not in content['runs']]
     if left:
         raise SystemExit(f'--time-limit is over; {len(left)} of {len(missing)} runs have not been started')

@@ -31,9 +31,7 @@ OPTIONS = {
     'rankN': ('rank {}', {'adapter.rank': 'N'}),
     'graphN': ('{} stage(s) in the graph', {'graph_stages': 'N'}),
     # Not of the backbone's config: see benchmarks/candidates.py and benchmarks/bench.py.
-    'fanin': ('rates by fan-in', {}),
     'ownrate': ('a rate of its own', {}),
-    'norm': ('normalised taps', {}),
     'allsgd': ('all by SGD', {}),
     'masks': ('masks moved once', {}),
     'sharded': ('frozen blocks sharded', {}),
@@ -41,9 +39,7 @@ OPTIONS = {
 }
 # What options change that are tried by benchmarks/candidates.py.
 CANDIDATES = {
-    'fanin': ('optim_wrapper.constructor', 'FanInRatesConstructor'),
     'ownrate': ('optim_wrapper.constructor', 'OwnRateConstructor'),
-    'norm': ('model.backbone.type', 'NormalisedE3VABackbone'),
     'allsgd': ('optim_wrapper.constructor', 'DefaultOptimWrapperConstructor'),
 }
 # Parts of E³VA whose learning rate an option multiplies, in units of the head's: ``rate3`` by 3, ``rate03`` by 0.3.

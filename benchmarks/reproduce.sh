@@ -93,28 +93,23 @@ seeds() {  # six more of what matters, and folds of BCCD
     folds --seeds 0 --methods $wide+{mixrate10,rate10,rate3} $wide+graph1+rate{5,20} $wide+graph2+rate5
 }
 
-# What may become the recipe, and what it is compared with, on held-out images at a third, once and three times a rate that
-# suits the set. The sets take turns on the GPUs at once, since the last runs of each leave them idle.
+# What may become the recipe or a default, and what it is compared with, on held-out images at a third, once and about three
+# times the rates of the sets' configs. What takes long goes first, since the end of a grid leaves GPUs idle.
 recipe() {
-    local tried=(e3va+fanin{,+norm} $wide+fanin{,+norm}) pids=()
-    at() {  # share of the jobs, data set, backbones, rates, methods
-        # shellcheck disable=SC2086
-        JOBS=$(((${JOBS:-12} * $1 + 11) / 12)) train recipe --train-args amp --held-out --schedule 0.5 --seeds ${SEEDS:-0 1 2} \
-            --datasets "$2" --backbones $3 --learning-rates $4 --methods "${@:5}"
+    local half='--train-args amp --held-out --schedule 0.5'
+    local once=() tuned=() rest=()
+    at() {  # data set, backbones, rate, the others
+        local on=(--and --datasets "$1" --backbones $2)
+        once+=("${on[@]}" --learning-rates "$3" --methods e3va $wide+ownrate adapter lora full frozen e3va+taps-float8+sampled $wide)
+        tuned+=("${on[@]}" --learning-rates $4 --methods e3va $wide+ownrate adapter lora)
+        rest+=("${on[@]}" --learning-rates $4 --methods full frozen $wide)
+        [[ $2 != swin-nano* ]] || tuned+=("${on[@]}" --backbones swin-nano --learning-rates $3 $4 --methods mona)
     }
-    on() {  # share of the jobs, data set, backbones, rate, the others
-        at "$1" "$2" "$3" "$4" frozen e3va full adapter lora "${tried[@]}" {e3va,$wide}+ownrate
-        at "$1" "$2" "$3" "$5" $wide+ownrate
-        at "$1" "$2" "$3" "$5" adapter lora e3va
-        at "$1" "$2" "$3" "$5" frozen full e3va+ownrate
-        [[ $3 != swin-nano* ]] || at "$1" "$2" swin-nano "$4 $5" mona
-        return "$missing"
-    }
-    on 4 nuclei "$everywhere" 1e-3 '3e-4 3e-3' & pids+=($!)
-    on 4 bccd "$everywhere" 1e-3 '3e-4 3e-3' & pids+=($!)
-    on 1 camvid swin-nano 1e-2 '3e-3 3e-2' & pids+=($!)
-    on 3 camvid 'vit-tiny efficientnet-lite0' 3e-3 '1e-3 1e-2' & pids+=($!)
-    for pid in "${pids[@]}"; do wait "$pid" || missing=1; done
+    at nuclei "$everywhere" 1e-3 '3e-4 3e-3'
+    at camvid swin-nano 1e-2 '3e-3 3e-2'
+    at camvid 'vit-tiny efficientnet-lite0' 3e-3 '1e-3 1e-2'
+    at bccd "$everywhere" 3e-4 '1e-3 1e-4'
+    train recipe $half --seeds ${SEEDS:-0 1 2} "${once[@]}" "${tuned[@]}" "${rest[@]}"
 }
 
 # In fp32 but for what the options change.

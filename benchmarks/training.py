@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import itertools
@@ -50,6 +51,15 @@ class Run(NamedTuple):
         rate = '' if self.learning_rate is None else f'_lr{self.learning_rate:g}'
         fold = '' if self.fold is None else f'_fold{self.fold}'
         return f'{Path(self.config).stem}{variant}{rate}{fold}_seed{self.seed}'
+
+
+def parse_parts(parser: argparse.ArgumentParser) -> list[argparse.Namespace]:
+    """The command line, once for each set of options after an ``--and``, before which those of all stand."""
+    parts = [[]]
+    for argument in sys.argv[1:]:
+        parts.append([]) if argument == '--and' else parts[-1].append(argument)
+    common, *others = parts
+    return [parser.parse_args(common + other) for other in others or [[]]]
 
 
 def run_all(

@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,7 +140,8 @@ def test_a_run_a_fold(monkeypatch):
     monkeypatch.setattr(grid, 'hold_out', lambda config, fold: [f'fold={fold}'])
     arguments = '--datasets bccd --methods mona e3va --seeds 0 --held-out --folds 0 3 --out x.json'
     monkeypatch.setattr('sys.argv', ['grid.py', *arguments.split()])
-    runs = grid.plan(grid.parse_args())
+    (args,) = grid.parse_args()
+    runs = grid.plan(args)
     assert [(run.fold, run.cfg_options[-1]) for run in runs] == [(0, 'fold=0')] * 2 + [(3, 'fold=3')] * 2
     assert len({run.name for run in runs}) == 4
 
@@ -184,11 +184,17 @@ def test_grid_of_learning_rates():
     assert names == [f'{stem}_lr{rate}_seed{seed}' for seed in (0, 1) for rate in (0.001, 0.003)]
 
 
-def test_grids_share_a_result_file(tmp_path):
-    out = tmp_path / 'results' / 'out.json'
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: grid.add_run(out, f'run {number}', {'seed': number}), range(40)))
-    assert grid.read_runs(out) == {'runs': {f'run {number}': {'seed': number} for number in range(40)}}
+def test_grids_share_the_jobs_and_go_seed_by_seed(tmp_path, monkeypatch):
+    arguments = (
+        '--seeds 0 1 --methods frozen --and --datasets shapes-seg --and --datasets shapes-det --learning-rates 1e-3'
+    )
+    monkeypatch.setattr(sys, 'argv', ['grid.py', '--out', str(tmp_path / 'out.json'), *arguments.split()])
+    asked = []
+    monkeypatch.setattr(grid, 'run_all', lambda runs, *args: asked.extend(runs))
+    with pytest.raises(SystemExit, match='4 of 4'):
+        grid.main()
+    pairs = [(run.seed, Path(run.config).name.partition('_')[0], run.learning_rate) for run in asked]
+    assert pairs == [(seed, *part) for seed in (0, 1) for part in [('frozen-swin-nano', None), ('retinanet', 1e-3)]]
 
 
 def test_a_share_of_the_schedule():

@@ -40,10 +40,10 @@ def test_what_reproduce_runs_exists(tmp_path, monkeypatch):
         if command[0] == 'benchmarks/latency.py':
             assert latency.parse_args().commit == 'abc'
             continue
-        args = grid.parse_args()
-        assert args.commit == 'abc'
-        args.held_out, args.rates_from = False, None
-        assert grid.plan(args)
+        for args in grid.parse_args():
+            assert args.commit == 'abc'
+            args.held_out, args.rates_from = False, None
+            assert grid.plan(args)
 
 
 def test_a_part_of_it(tmp_path):
