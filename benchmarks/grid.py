@@ -122,8 +122,7 @@ def main() -> None:
             out.write_text(json.dumps(content, indent=1, sort_keys=True) + '\n')
         print(run.name, result['report']['metrics'], flush=True)
 
-    runs = sorted(itertools.chain(*map(plan, parts)), key=lambda run: run.seed)
-    missing = [run for run in runs if run.name not in content['runs']]
+    missing = [run for run in itertools.chain(*map(plan, parts)) if run.name not in content['runs']]
     run_all(missing, Path(args.work_dir), args.jobs, collect, args.time_limit, args.package.resolve())
     left = [run.name for run in missing if run.name not in content['runs']]
     if left:
