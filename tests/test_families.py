@@ -202,6 +202,15 @@ def test_taps_in_the_config_that_are_too_few():
         e3va(RESNET, taps=RESNET_TAPS[:3])(images())
 
 
+def test_taps_in_the_config_out_of_order():
+    """What ends in a returned map ends behind all modules."""
+    ending = [{key: value for key, value in stage.items() if key != 'end'} for stage in RESNET_TAPS]
+    message = r"taps\[2\].end='layer3' comes before the end of taps\[1\].*name taps\[1\].end too"
+    with pytest.raises(ValueError, match=message):
+        e3va(RESNET, taps=[RESNET_TAPS[0], ending[1], *RESNET_TAPS[2:]])
+    assert len(e3va(RESNET, taps=[*RESNET_TAPS[:2], *ending[2:]])(images())) == 4
+
+
 def test_every_family_of_the_table_is_tested():
     modules = {timm.models.model_entrypoint(name).__module__.rpartition('.')[2] for name in TIMM_MODELS}
     assert set(timm_modules()) == modules

@@ -34,6 +34,7 @@ class CustomFamily(PoolingFamily):
         num_stages = max((index + 1 for index, stage in enumerate(taps) if stage.get('output', True)), default=0)
         if not num_stages:
             raise ValueError(f'taps={taps!r} has no stage with an output')
+        _check_order(taps)
         self.prefixes = [stage.get('prefix', 0) for stage in taps]
         stages = []
         for index, stage in enumerate(taps[:num_stages]):
@@ -61,6 +62,17 @@ class CustomFamily(PoolingFamily):
         if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[1] != dims:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f'{what} should put out (B, {dims}, H, W) by taps[{stage}].dims, and put out {found}')
+
+
+def _check_order(taps: list[dict]) -> None:
+    """What the backbone returns is heard behind all of its modules."""
+    returned = next((index for index, stage in enumerate(taps) if stage.get('end') is None), len(taps))
+    for index, stage in enumerate(taps[returned:], returned):
+        if stage.get('end') is not None:
+            raise ValueError(
+                f'taps[{index}].end={stage["end"]!r} comes before the end of taps[{returned}], which is a map that the '
+                f'backbone returns: name taps[{returned}].end too, or leave out taps[{index}]'
+            )
 
 
 def _check_stage(where: str, stage: dict, modules: dict[str, nn.Module]) -> None:
