@@ -17,6 +17,10 @@ METRICS = {
     'shapes-96x96': ('mIoU', 1),
     'shapes': ('coco/bbox_mAP', 100),
     'demo-sgd': ('mIoU', 1),
+    'demo-branch-taps': ('mIoU', 1),
+    'demo-block-taps': ('mIoU', 1),
+    'demo-all-taps': ('mIoU', 1),
+    'demo': ('mIoU', 1),
 }
 
 Groups = dict[str, dict[str, list[dict]]]

@@ -42,7 +42,7 @@ RESULTS = ROOT / 'benchmarks/results/coverage.json'
 BACKBONES = ('backbone', 'image_encoder')
 # What of an optim_wrapper says at which rate a parameter trains; a few configs have none, as they are for tests alone.
 RATES = ('optimizer', 'constructor', 'paramwise_cfg')
-RATE = {'optimizer': {'type': 'SGD', 'lr': 0.01}}
+RATE = {'optimizer': {'type': 'SGD', 'lr': 0.01}, 'constructor': 'HighwayRatesConstructor'}
 
 
 def stock_configs() -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.coverage_data import IMAGES, dicts_of, make_batch
 from e3va_mm.backbones.base import FrozenBackbone
-from e3va_mm.optim import ADAMW_SHARE
+from e3va_mm.optim import ADAMW_SHARE, FACTOR, HIGHEST, WIDEST, fan_ins
 
 POOL = 2**18
 
@@ -128,19 +128,22 @@ class Trial:
             self.model = revert_sync_batchnorm(MODELS.build(copy.deepcopy(self.config)))
 
     def rates(self) -> None:
-        """The optimizer of the config's own constructor gives what wrappers train the base rate, or AdamW's share."""
+        """The optimizer of the tuned config gives what wrappers train its base rate, or AdamW's share of that, and
+        adapters and mixers the highway's."""
         with contextlib.redirect_stdout(io.StringIO()):  # some constructors print every parameter
             self.optimizer = build_optim_wrapper(self.model, copy.deepcopy(self.optim_wrapper))
-        base = self.optimizer.optimizer.defaults['lr']
-        shares = ((group, ADAMW_SHARE if group.get('adaptive') else 1) for group in self.optimizer.param_groups)
-        rate_of = {id(p): group['lr'] / share for group, share in shares for p in group['params']}
+        rate_of, base_of, sums = {}, {}, fan_ins(self.model)
+        for group in self.optimizer.param_groups:
+            base = self.optimizer.optimizer.defaults['lr'] * (ADAMW_SHARE if group.get('adaptive') else 1)
+            for parameter in group['params']:
+                rate_of[id(parameter)], base_of[id(parameter)] = group['lr'], base
         for path, wrapper in wrappers(self.model).items():
-            trained = {name: p for name, p in wrapper.named_parameters() if p.requires_grad}
-            rates = {name: rate_of.get(id(p), 0.0) for name, p in trained.items()}
-            wrong = {name: rate for name, rate in rates.items() if not math.isclose(rate, base)}
-            if wrong:
-                name, rate = next(iter(wrong.items()))
-                raise ValueError(f'{len(wrong)} parameters of {path}, such as {name}, train at {rate}, not at {base}')
+            for name, key in [(name, id(p)) for name, p in wrapper.named_parameters() if p.requires_grad]:
+                expected = base_of.get(key)
+                if key in sums:
+                    expected = min(FACTOR * expected, HIGHEST) * min(1, WIDEST / sums[key])
+                if expected is None or not math.isclose(rate_of[key], expected):
+                    raise ValueError(f'{name} of {path} trains at {rate_of.get(key)}, not at {expected}')
 
     def initialise(self) -> None:
         with quick_draws():

@@ -30,7 +30,11 @@ DATASETS = {
     'bccd-faster-rcnn': 'configs/bccd/faster-rcnn_{}_fpn_1xb8-400_bccd.py',
     'nuclei-mask2former': 'configs/nuclei/mask2former_{}_1xb8-400_nuclei.py',
     # The images are those that demo/run.py writes.
+    'demo': 'benchmarks/configs/fcn_{}_1xb4-240_demo.py',
     'demo-sgd': 'benchmarks/configs/fcn_{}_1xb4-240_demo-sgd.py',
+    'demo-branch-taps': 'benchmarks/configs/fcn_{}_1xb4-240_demo-branch-taps.py',
+    'demo-block-taps': 'benchmarks/configs/fcn_{}_1xb4-240_demo-block-taps.py',
+    'demo-all-taps': 'benchmarks/configs/fcn_{}_1xb4-240_demo-all-taps.py',
 }
 BACKBONES = ('swin-nano', 'vit-tiny', 'efficientnet-lite0')
 

@@ -30,16 +30,16 @@ OPTIONS = {
     'mixerN': ('mixers of width {}', {'mixer.width': 'N'}),
     'rankN': ('rank {}', {'adapter.rank': 'N'}),
     'graphN': ('{} stage(s) in the graph', {'graph_stages': 'N'}),
-    # Not of the backbone's config: see benchmarks/candidates.py and benchmarks/bench.py.
+    # Not of the backbone's config: see below and benchmarks/bench.py.
     'ownrate': ('a rate of its own', {}),
     'allsgd': ('all by SGD', {}),
     'masks': ('masks moved once', {}),
     'sharded': ('frozen blocks sharded', {}),
     'bn': ('BN in heads', {}),
 }
-# What options change that are tried by benchmarks/candidates.py.
-CANDIDATES = {
-    'ownrate': ('optim_wrapper.constructor', 'OwnRateConstructor'),
+# What options change in the rest of the config.
+BESIDE = {
+    'ownrate': ('optim_wrapper.constructor', 'HighwayRatesConstructor'),
     'allsgd': ('optim_wrapper.constructor', 'DefaultOptimWrapperConstructor'),
 }
 # Parts of E³VA whose learning rate an option multiplies, in units of the head's: ``rate3`` by 3, ``rate03`` by 0.3.
@@ -54,10 +54,12 @@ LABELS = {
     'partial': 'Partial (last block)',
     **{name.lower(): name for name in TUNED if name != 'Partial'},
     'e3va': 'E³VA',
-    'e3va+bf16': 'E³VA, as it comes',
+    'e3va+bf16+rank4+mixer96': 'E³VA + mixers, bf16',
+    'e3va+bf16+rank4+mixer96+graph1': 'E³VA, extended, bf16',
     'e3va+bf16+taps-float8+sampled': 'E³VA, smallest',
     'e3va+rank4+mixer96': 'E³VA + mixers',
     'e3va+rank4+mixer96+graph1': 'E³VA, extended',
+    'e3va+rank4+mixer96+ownrate': 'E³VA, recommended',
 }
 
 
@@ -110,7 +112,7 @@ def config_prefix(method: str) -> str:
 def tune_flags(method: str) -> tuple[str, ...]:
     """Flags that turn a stock config into the method's, before :func:`cfg_options`."""
     name = method.partition('+')[0]
-    return () if name == 'full' else ('--tune', name)
+    return () if name == 'full' else ('--tune', 'e3va-paper' if name == 'e3va' else name)
 
 
 def cfg_options(method: str) -> list[str]:
@@ -121,5 +123,5 @@ def cfg_options(method: str) -> list[str]:
     for key, factor in map(_pattern, method.split('+')):
         parts = RATES[key][1] if key in RATES else ()
         changes.update((f'optim_wrapper.paramwise_cfg.custom_keys.{part}.lr_mult', factor) for part in parts)
-    changes.update(change for option, change in CANDIDATES.items() if option in method.split('+'))
+    changes.update(change for option, change in BESIDE.items() if option in method.split('+'))
     return [f'{key}={value}' for key, value in changes.items()]

@@ -28,7 +28,6 @@ LIGHT, PICKED = 'e3va+rank4+mixer96', 'e3va+rank4+mixer96+graph1'
 DETECTORS_RATE = '+rate10'
 COSTS = ('full', 'lora', 'mona', 'frozen', 'e3va+bf16', 'e3va+bf16+taps-float8+sampled')
 SETS = {'camvid': 'CamVid, mIoU', 'bccd': 'BCCD, mAP', 'nuclei': 'nuclei, mask AP'}
-ACCURACY = ('frozen', 'partial', 'lora', 'mona', 'e3va', LIGHT, PICKED, 'full')
 DEMO = ('method', 'nuclei found', 'wrong', 'mIoU', 'trained', 'peak memory', 'step', 'checkpoint')
 SHARED = (
     'backbone, image',
@@ -52,7 +51,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def _source(rows: list[dict], part: str) -> str:
+def source_line(rows: list[dict], part: str) -> str:
     """The line below a table that says when, where and by which command its numbers were measured."""
     devices, dates = (' and '.join(dict.fromkeys(row[key] for row in rows)) for key in ('device', 'date'))
     return f'\n\nMeasured on {devices}, {dates}, by `benchmarks/reproduce.sh {part}`.'
@@ -67,24 +66,24 @@ def format_costs(amp: Path) -> str:
     }
     models = [model for model in MODELS if any(row['model'] == model for row in rows)]
     lines = [[label(method), *(cells[model, method] for model in models)] for method in COSTS]
-    return table(['peak memory / step', *map(MODELS.get, models)], lines) + _source(rows, 'amp')
+    return table(['peak memory / step', *map(MODELS.get, models)], lines) + source_line(rows, 'amp')
 
 
 def format_all_costs(amp: Path) -> str:
     """The same of all methods, with ratios to full fine-tuning and to the frozen backbone; a table a task."""
     rows = load_rows(amp)
-    return cost_tables.format_costs(rows) + _source(rows, 'amp')
+    return cost_tables.format_costs(rows) + source_line(rows, 'amp')
 
 
 def format_fits(fits: Path) -> str:
     rows = load_rows(fits)
-    return cost_tables.format_fits(rows) + _source(rows, fits.stem.removeprefix('fits_'))
+    return cost_tables.format_fits(rows) + source_line(rows, fits.stem.removeprefix('fits_'))
 
 
 def format_scaling(several: Path) -> str:
     """Steps of one and of several GPUs."""
     rows = load_rows(several)
-    return cost_tables.format_scaling(rows) + _source(rows, 'several')
+    return cost_tables.format_scaling(rows) + source_line(rows, 'several')
 
 
 def growth_rows(images: Path, *backbones: Path) -> tuple[list[dict], list[dict]]:
@@ -209,13 +208,6 @@ def runs_of(groups: Groups, dataset: str, method: str) -> list[dict]:
     """The runs of a method on a data set, at the rate that the kind of task takes; none if it was not trained there."""
     methods = groups.get(dataset, {})
     return methods.get(method) or methods.get(method + DETECTORS_RATE, [])
-
-
-def format_accuracy(small_sets: Path) -> str:
-    """Mean ± standard deviation of the seeds on the small sets; a row a method."""
-    groups = group_runs(read(small_sets))
-    lines = [[label(name), *(format_mean(data, runs_of(groups, data, name)) for data in SETS)] for name in ACCURACY]
-    return table(['method', *SETS.values()], lines)
 
 
 def steps_of(path: Path) -> dict[tuple[str, str], dict]:

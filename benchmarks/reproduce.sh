@@ -94,7 +94,7 @@ seeds() {  # six more of what matters, and folds of BCCD
 }
 
 # What may become the recipe or a default, and what it is compared with, on held-out images at a third, once and about three
-# times the rates of the sets' configs. What takes long goes first, since the end of a grid leaves GPUs idle.
+# times the rates of the sets' configs.
 recipe() {
     local half='--train-args amp --held-out --schedule 0.5'
     local once=() tuned=() rest=()
@@ -105,10 +105,10 @@ recipe() {
         rest+=("${on[@]}" --learning-rates $4 --methods full frozen $wide)
         [[ $2 != swin-nano* ]] || tuned+=("${on[@]}" --backbones swin-nano --learning-rates $3 $4 --methods mona)
     }
-    at nuclei "$everywhere" 1e-3 '3e-4 3e-3'
+    at bccd "$everywhere" 3e-4 '1e-3 1e-4'
     at camvid swin-nano 1e-2 '3e-3 3e-2'
     at camvid 'vit-tiny efficientnet-lite0' 3e-3 '1e-3 1e-2'
-    at bccd "$everywhere" 3e-4 '1e-3 1e-4'
+    at nuclei "$everywhere" 1e-3 '3e-4 3e-3'
     train recipe $half --seeds ${SEEDS:-0 1 2} "${once[@]}" "${tuned[@]}" "${rest[@]}"
 }
 
@@ -182,9 +182,12 @@ growth() {  # with the size of images, and with that of the backbone; giants has
         --and --tasks upernet --sizes t s b l
 }
 
-sgd() {  # not in all: small enough for a CPU, on images that demo/run.py writes
+demo() {  # not in all: small enough for a CPU, on images that demo/run.py writes
+    train demo_rates --datasets demo --held-out --seeds 0 1 --learning-rates 1e-3 3e-3 1e-2 --methods $wide+ownrate frozen full
     train sgd --datasets demo-sgd --held-out --seeds 0 1 \
-        --methods frozen e3va{,+rate3,+rate10,+allsgd} adapter lora full
+        --methods frozen e3va{,+rate3,+rate10,+allsgd} adapter lora full $wide+ownrate
+    train taps --held-out --backbones efficientnet-lite0 --methods e3va \
+        --and --datasets demo-{branch,block,all}-taps --and --datasets demo --methods frozen e3va
 }
 
 operators() {  # not in all: PURE_MMCV is a folder with an mmcv that has no compiled operators; the interpreter's own has
@@ -246,8 +249,8 @@ several() {  # not in all: two GPUs that train together; BN in the heads does no
 
 parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads recipe cost giants growth steps masks shared latency'
 for part in ${*:-$parts}; do
-    [[ " $parts operators several sgd " == *" $part "* ]] || {
-        echo "unknown part $part; known are $parts operators several sgd" >&2
+    [[ " $parts operators several demo " == *" $part "* ]] || {
+        echo "unknown part $part; known are $parts operators several demo" >&2
         exit 2
     }
     "$part"

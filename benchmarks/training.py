@@ -24,7 +24,6 @@ import torch
 from mmengine.config import Config
 
 import e3va_mm  # noqa: F401  (makes configs that derive from `mmseg::` loadable)
-from benchmarks.methods import CANDIDATES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -130,8 +129,7 @@ def run_one(run: Run, work_dir: Path, variables: dict[str, str], home: Path = RO
         return json.loads(result.read_text())
     work_dir.mkdir(parents=True, exist_ok=True)
     started.write_text(json.dumps(settings, indent=2))
-    tool = 'benchmarks/candidates.py' if CANDIDATES.keys() & run.method.split('+') else 'tools/train.py'
-    command = [tool, run.config, '--work-dir', str(work_dir.resolve()), '--resume', *run.train_args]
+    command = ['tools/train.py', run.config, '--work-dir', str(work_dir.resolve()), '--resume', *run.train_args]
     options = [f'randomness.seed={run.seed}', *run.cfg_options]
     if run.learning_rate is not None:
         options.append(f'optim_wrapper.optimizer.lr={run.learning_rate:g}')

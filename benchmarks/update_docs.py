@@ -17,6 +17,7 @@ from benchmarks.accuracy import format_runs, group_runs, with_more_seeds
 from benchmarks.cost_tables import load_rows, report
 from benchmarks.formats import table
 from benchmarks.plots import draw_accuracy, draw_growth, draw_shared
+from benchmarks.recipe_tables import format_recipe, format_recipe_means
 from benchmarks.training import ROOT
 from e3va_mm.families.registry import TABLE
 
@@ -65,7 +66,6 @@ def _families() -> str:
 SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('README.md', 'demo', pages.format_demo, ('demo',)),
     ('README.md', 'costs', pages.format_costs, ('amp',)),
-    ('README.md', 'accuracy', pages.format_accuracy, ('small_sets',)),
     ('adapters/README.md', 'adapters', pages.format_adapters, ('adapters',)),
     ('docs/memory.md', 'costs', pages.format_all_costs, ('amp',)),
     *(('docs/memory.md', name, pages.format_fits, (name,)) for name in ('fits', 'fits_giants')),
@@ -74,6 +74,9 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/shared.md', 'shared', pages.format_shared, SHARED),
     ('docs/deployment.md', 'latency', pages.format_latency, ('latency_gpu', 'latency_cpu')),
     ('docs/methods.md', 'results', pages.format_methods, ('small_sets', 'steps')),
+    ('docs/methods.md', 'recipe_means', format_recipe_means, ('recipe',)),
+    ('README.md', 'recipe_means', format_recipe_means, ('recipe',)),
+    (REPORT, 'recipe', format_recipe, ('recipe',)),
     ('docs/backbones.md', 'families', _families, ()),
     *(('docs/coverage.md', name, make, ('coverage',)) for name, make in COVERAGE.items()),
     (REPORT, 'before_after_cost', _costs, ('before_after_cost',)),

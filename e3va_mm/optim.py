@@ -15,12 +15,17 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .highway.mixer import StateMixer
+from .highway.stage_adapters import StageAdapters
+
 # What an entry of custom_keys has to name to be meant for the highway.
 _PARTS = ('highway', 'mixers')
 # Where constructors note the factor of a group: mmengine's for custom_keys, those of layer decay.
 _FACTORS = ('lr_mult', 'lr_scale')
 # Of SGD's rate, for what AdamW trains beside: 0.001 where heads learn at 0.02.
 ADAMW_SHARE = 0.05
+# The rate of a highway with mixers: how many times the config's, the most, and the fan-in behind which it falls.
+FACTOR, HIGHEST, WIDEST = 10, 0.01, 256
 
 
 @OPTIMIZERS.register_module()
@@ -103,16 +108,60 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
             if name:
                 key = next((key for key in meant if key in name and name not in stock), None)
                 group.pop('lr_mult', None)
-                factor = entries[key].get('lr_mult', 1) if key else 1
-                group['lr'] = self.rate_of_added(group['params'][0]) * factor
-                if factor != 1:
+                factor = entries[key].get('lr_mult') if key else None
+                is_adaptive = self._is_sgd and name not in stock
+                base = self.base_lr * (ADAMW_SHARE if is_adaptive else 1)
+                group['lr'] = self._rate(group['params'][0], base) if factor is None else base * factor
+                if factor not in (None, 1):
                     group['lr_mult'] = factor
-                if self._is_sgd and name not in stock:
-                    group.update(adaptive=True, lr=ADAMW_SHARE * group['lr'])
+                if is_adaptive:
+                    group['adaptive'] = True
 
-    def rate_of_added(self, parameter: nn.Parameter) -> float:
-        """The learning rate of what a wrapper has added, before the factor of an entry that is meant for it."""
-        return self.base_lr
+    def _rate(self, parameter: nn.Parameter, base: float) -> float:
+        """The learning rate of a parameter that a wrapper has added, where no entry is meant for it."""
+        return base
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class HighwayRatesConstructor(MergedGroupsConstructor):
+    """:class:`MergedGroupsConstructor`, but a highway with mixers learns at a rate of its own, by Adam.
+
+    It is ten times the optimizer's own, at most 0.01, and falls behind more than 256 elements:
+    ``min(10 lr, 0.01) * min(1, 256 / fan_in)``. Output norms keep the optimizer's. An entry of ``custom_keys`` with an
+    ``lr_mult`` that names a part is a factor of the optimizer's rate, and holds.
+
+    Adam moves each element by about the rate, whatever its gradient, and a product by the rate times the number of
+    elements that it sums: 8 in a core, 1536 in the input basis of Swin-L's last stage. Rates that fall with the fan-in
+    are those of "Tensor Programs V" (arXiv 2203.03466).
+    """
+
+    def __call__(self, model: nn.Module):
+        has_mixers = any(isinstance(module, StateMixer) for module in model.modules())
+        self._fan_ins = fan_ins(model) if has_mixers else {}
+        # Without settings for single parameters, mmengine makes one group of all.
+        self.paramwise_cfg = self.paramwise_cfg or dict(custom_keys={})
+        return super().__call__(model)
+
+    def _rate(self, parameter: nn.Parameter, base: float) -> float:
+        fan_in = self._fan_ins.get(id(parameter))
+        return base if fan_in is None else min(FACTOR * base, HIGHEST) * min(1, WIDEST / fan_in)
+
+
+def fan_ins(model: nn.Module) -> dict[int, int]:
+    """By the id of each matrix and bias of adapters and mixers: how many elements an output sums.
+
+    A bias has that of the narrowest matrix beside it, or of its own layer.
+    """
+    found = {}
+    for module in model.modules():
+        if isinstance(module, StageAdapters):
+            for name, factor in module.named_parameters(recurse=False):
+                is_bias = name.endswith('bias')
+                found[id(factor)] = module.up_out.shape[-2] if is_bias else factor.shape[-2]
+        elif isinstance(module, StateMixer):
+            layers = (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
+            found.update({id(each): layer.weight[0].numel() for layer in layers for each in layer.parameters()})
+    return found
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from .checkpoints.whole_model import backbone_prefix, state_keys
 from .checks import check_options
 from .methods import METHODS, known_options
 from .named_configs import find_config
-from .optim import ADAMW_SHARE
+from .optim import ADAMW_SHARE, FACTOR, HIGHEST
 
 # What is wrapped: dicts with a type under these keys, at any depth of a model.
 KEYS = ('backbone', 'teacher_backbone', 'image_encoder')
@@ -27,8 +27,10 @@ _INNER, _ENTERS_INNER = 'backbone_cfg', ('ICNet',)
 _WRAPPERS = {cls.__name__: cls for cls in (E3VABackbone, TunedBackbone)}
 _E3VA_OPTIONS = list(inspect.signature(E3VABackbone.__init__).parameters)[2:]
 _TUNED_OPTIONS = ['frozen_dtype', 'init_cfg']
-_CONSTRUCTOR = 'MergedGroupsConstructor'
-_DEFAULT_CONSTRUCTORS = ('DefaultOptimWrapperConstructor', 'ForceDefaultOptimWrapperConstructor', _CONSTRUCTOR)
+# What is recommended beyond the paper's method, and the rates that mixers need.
+_RECIPE = dict(adapter=dict(rank=4), mixer=dict(width=96))
+_MERGED, _HIGHWAY_RATES = 'MergedGroupsConstructor', 'HighwayRatesConstructor'
+_STOCK_CONSTRUCTORS = ('DefaultOptimWrapperConstructor', 'ForceDefaultOptimWrapperConstructor')
 _HOOKS = ('ParameterTableHook', 'ResourceReportHook')
 _MASKS_HOOK = 'DeviceMasksHook'
 _LAYER_DECAY = ('num_layers', 'decay_rate', 'decay_type', 'layer_decay_rate')
@@ -40,14 +42,16 @@ def tune(config: Config | str | Path, method: str = 'e3va', **options) -> Config
     - Each backbone of the model (also ``detector.backbone``, ``image_encoder``, a teacher's) is wrapped.
     - ``pretrained``, a ``load_from`` and the ``init_cfg`` of a whole model become the ``init_cfg`` of the backbone.
     - What is trained beside the backbone learns at the optimizer's own rate, see
-      :class:`~e3va_mm.optim.MergedGroupsConstructor`; layer decay ends, since nothing is left to decay.
+      :class:`~e3va_mm.optim.MergedGroupsConstructor`, or, with mixers, at one that suits these, see
+      :class:`~e3va_mm.optim.HighwayRatesConstructor`; layer decay ends, since nothing is left to decay.
     - ``custom_imports`` name this package, so that any program can load the result, and hooks report what is trained,
       at which rates, and what a step costs. Where heads crop ground-truth masks, one moves these to the device once.
 
     Args:
         config: a config, its path, or its name in a toolbox or here, such as
             ``'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco'``.
-        method: 'e3va', or one of :mod:`e3va_mm.methods`, in any case; 'full' leaves the config as it is.
+        method: 'e3va', which is E³VA as we recommend it (rank 4, mixers of width 96), 'e3va-paper', or one of
+            :mod:`e3va_mm.methods`, in any case; 'full' leaves the config as it is.
         **options: of :class:`~e3va_mm.backbones.e3va.E3VABackbone`, or of the method; for methods ``frozen_dtype`` and
             ``init_cfg`` go to :class:`~e3va_mm.backbones.tuned.TunedBackbone`.
 
@@ -62,27 +66,35 @@ def tune(config: Config | str | Path, method: str = 'e3va', **options) -> Config
         return config
     _wrap(config, wrapper)
     name_bases(config)
-    _set_rates(config.get('optim_wrapper'))
+    _set_rates(config.get('optim_wrapper'), _HIGHWAY_RATES if wrapper.get('mixer') is not None else _MERGED)
     _add_package(config)
     return config
 
 
 def _wrapper(method: str, options: dict) -> dict:
     """The config of the wrapper, but for the backbone in it."""
-    names = {'e3va': None, **{name.lower(): name for name in METHODS}}
+    names = {'e3va': None, 'e3va-paper': None, **{name.lower(): name for name in METHODS}}
     if str(method).lower() not in names:
         near = difflib.get_close_matches(str(method).lower(), names, 1)
         hint = f'did you mean {near}? ' if near else ''
         raise ValueError(f'unknown method {method!r} for tune; {hint}known are {list(names)}')
     name = names[method.lower()]
     if name is None:
-        return dict(type='E3VABackbone', **check_options('tune', options, _E3VA_OPTIONS))
+        options = check_options('tune', options, _E3VA_OPTIONS)
+        recipe = _RECIPE if method.lower() == 'e3va' else {}
+        return dict(type='E3VABackbone', **_with_options(recipe, options))
     known, takes_any = known_options(METHODS[name])
     if not takes_any:
         check_options(f'tune by {name}', options, [*known, *_TUNED_OPTIONS])
     outer = {key: options[key] for key in _TUNED_OPTIONS if key in options}
     inner = {key: value for key, value in options.items() if key not in outer}
     return dict(type='TunedBackbone', method=dict(type=name, **inner), **outer)
+
+
+def _with_options(recipe: dict, options: dict) -> dict:
+    """A recipe with options, which take the place of its own one by one, within ``adapter`` and ``mixer`` too."""
+    within = {key: {**recipe[key], **options[key]} for key in recipe if isinstance(options.get(key), dict)}
+    return copy.deepcopy({**recipe, **options, **within})
 
 
 def find_backbones(model: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], list[dict]]]:
@@ -172,29 +184,30 @@ def _pretrained(module: dict) -> str | None:
     return next((part['checkpoint'] for part in parts if 'checkpoint' in part and 'prefix' not in part), None)
 
 
-def _set_rates(optim_wrapper: dict | None) -> None:
+def _set_rates(optim_wrapper: dict | None, constructor: str) -> None:
     if not optim_wrapper:
         return
-    given = _type_name(optim_wrapper.get('constructor') or _DEFAULT_CONSTRUCTORS[0])
+    given = _type_name(optim_wrapper.get('constructor') or _STOCK_CONSTRUCTORS[0])
     paramwise = dict(optim_wrapper.get('paramwise_cfg') or {})
     if any(key in paramwise for key in _LAYER_DECAY):
         paramwise = {key: value for key, value in paramwise.items() if key not in _LAYER_DECAY}
         # What the constructors of layer decay do beside.
         paramwise.update(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0)
         _say(f'{given}: a frozen backbone has no layer decay; norms and biases stay without weight decay')
-    elif given not in _DEFAULT_CONSTRUCTORS:
+    elif given not in (*_STOCK_CONSTRUCTORS, _MERGED, _HIGHWAY_RATES):
         _say(f'optim_wrapper.constructor={given} stays: see that what is trained in the backbone has the right rate')
         return
     # What this one of mmseg's forces on entries of custom_keys, all for the backbone, has no effect on a frozen one.
     paramwise.pop('force_default_settings', None)
     if paramwise:
         optim_wrapper['paramwise_cfg'] = ConfigDict(paramwise)
-    optim_wrapper['constructor'] = _CONSTRUCTOR
+    optim_wrapper['constructor'] = constructor
     factors = sum(entry.get('lr_mult', 1) != 1 for entry in paramwise.get('custom_keys', {}).values())
     rest = f', whatever {factors} entries of custom_keys say of the backbone' if factors else ''
     is_sgd = _type_name(optim_wrapper.get('optimizer', {}).get('type')) == 'SGD'
-    rate = f"by AdamW, at {ADAMW_SHARE:g} of SGD's rate" if is_sgd else 'at the base rate'
-    _say(f'optim_wrapper.constructor={_CONSTRUCTOR}: what is added learns {rate}{rest}')
+    base = f"{ADAMW_SHARE:g} of SGD's rate, by AdamW" if is_sgd else 'the base rate'
+    rate = f'{FACTOR} times {base}, at most {HIGHEST:g}' if constructor == _HIGHWAY_RATES else base
+    _say(f'optim_wrapper.constructor={constructor}: what is added learns at {rate}{rest}')
 
 
 def _add_package(config: Config) -> None:

@@ -53,7 +53,7 @@ CONFIGS = [block for block in python_blocks('docs/your_config.md') if '_base_' i
 
 @pytest.mark.parametrize('number', range(len(CONFIGS)))
 def test_configs_on_the_pages_build(number, tmp_path):
-    """Their backbones, in full size, and the optimizer's groups: the highway has the head's rate, or AdamW's."""
+    """Their backbones, in full size, and the optimizer's groups: the highway's rate, which is what the page says."""
     (tmp_path / 'mine.py').write_text(CONFIGS[number])
     config = Config.fromfile(tmp_path / 'mine.py')
     config = config if config.model.backbone.type == 'E3VABackbone' else tune(config)
@@ -64,7 +64,8 @@ def test_configs_on_the_pages_build(number, tmp_path):
     highway = {id(parameter) for parameter in model.backbone.highway.parameters()}
     rates = {group['lr'] for group in optimizer.param_groups for each in group['params'] if id(each) in highway}
     given = config.optim_wrapper.optimizer
-    assert rates == {given.lr * (ADAMW_SHARE if given.type == 'SGD' else 1)}
+    base = given.lr * (ADAMW_SHARE if given.type == 'SGD' else 1)
+    assert max(rates) == pytest.approx(min(10 * base, 0.01) if config.model.backbone.get('mixer') else base)
 
 
 NAMES = {name for page in PAGES for name in re.findall(r'(?:mmdet|mmseg|e3va_mm)::\w+/[\w./-]+', page.read_text())}

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.optim.scheduler import LinearLR
 from mmengine.registry import MODELS
 
+from e3va_mm import optim
 from e3va_mm.optim import ADAMW_SHARE, merge_groups
 
 SETTINGS = Config.fromfile(ROOT / 'configs/_base_/schedules/small_sets.py').optim_wrapper
@@ -111,6 +113,49 @@ def test_what_is_added_learns_at_the_base_rate():
     assert rates(wrapper, dict(model.decode_head.named_parameters())) == {1e-2}
     decays = {group['weight_decay'] for group in wrapper.optimizer.param_groups}
     assert decays == {0.05} and all('lr_mult' not in g or g['lr'] == 1e-2 for g in wrapper.optimizer.param_groups)
+
+
+def highway_rates(lr, **custom_keys):
+    """Of each parameter that learns in a small backbone with mixers, by name."""
+    model = segmentor(e3va(adapter=dict(rank=4), mixer=dict(width=8)))
+    config = settings('HighwayRatesConstructor', **custom_keys).optim_wrapper
+    config.optimizer.lr = lr
+    wrapper = build_optim_wrapper(model, config)
+    of = {id(each): group['lr'] for group in wrapper.optimizer.param_groups for each in group['params']}
+    return {name: of[id(each)] for name, each in model.named_parameters() if each.requires_grad}
+
+
+@pytest.mark.parametrize(('lr', 'expected'), [(1e-4, 1e-3), (1e-3, 1e-2), (1e-2, 1e-2)])
+def test_a_rate_for_highways_with_mixers(lr, expected):
+    found = highway_rates(lr)
+    assert all(math.isclose(found[f'backbone.{name}'], expected) for name in ('highway.1.core', 'mixers.1.0.up.weight'))
+    norms = 'mixers.1.0.norm.weight', 'backbone.norm1.weight'
+    assert all(found[f'backbone.{name}'] == found['decode_head.weight'] == lr for name in norms)
+
+
+def test_it_falls_with_the_fan_in(monkeypatch):
+    monkeypatch.setattr(optim, 'WIDEST', 1)
+    found = highway_rates(1e-3)
+    width = e3va().highway[1].up_out.shape[-1]
+    sums = dict(down_in=width, core=4, down_out=8, down_bias=8, up_in=width // 2, up_out=8, up_bias=8)
+    sums = {f'highway.1.{name}': number for name, number in sums.items()}
+    mixer = {'down.weight': width, 'down.bias': width, 'filter.convs.1.weight': 25, 'up.weight': 8}
+    sums.update({f'mixers.1.0.{name}': number for name, number in mixer.items()})
+    assert {name: found[f'backbone.{name}'] for name in sums} == pytest.approx({n: 0.01 / k for n, k in sums.items()})
+
+
+def test_it_needs_no_settings_for_single_parameters():
+    model = segmentor(e3va(mixer=dict(width=8)))
+    config = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.002), constructor='HighwayRatesConstructor')
+    wrapper = build_optim_wrapper(model, config)
+    assert rates(wrapper, dict(model.decode_head.named_parameters())) == {0.002}
+    (rate,) = rates(wrapper, {'core': model.backbone.highway[0].core})
+    assert math.isclose(rate, 10 * ADAMW_SHARE * 0.002)
+
+
+def test_an_entry_that_names_the_highway_takes_its_rate():
+    found = highway_rates(1e-4, highway=0.5)
+    assert found['backbone.highway.0.core'] == 5e-5 and math.isclose(found['backbone.mixers.0.0.up.weight'], 1e-3)
 
 
 @pytest.mark.parametrize('key', ['backbone__mixers', 'mixers'])

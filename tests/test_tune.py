@@ -60,7 +60,15 @@ def test_configs_that_are_not_there():
 @pytest.mark.parametrize(
     ('method', 'options', 'wrapper'),
     [
-        ('e3va', dict(adapter=dict(rank=4)), dict(type='E3VABackbone', adapter=dict(rank=4))),
+        ('e3va-paper', {}, dict(type='E3VABackbone')),
+        ('E3VA-paper', dict(adapter=dict(rank=4)), dict(type='E3VABackbone', adapter=dict(rank=4))),
+        ('e3va', {}, dict(type='E3VABackbone', adapter=dict(rank=4), mixer=dict(width=96))),
+        (
+            'e3va',
+            dict(adapter=dict(branches=1), mixer=dict(width=8), init='kaiming'),
+            dict(type='E3VABackbone', adapter=dict(rank=4, branches=1), mixer=dict(width=8), init='kaiming'),
+        ),
+        ('e3va', dict(mixer=None), dict(type='E3VABackbone', adapter=dict(rank=4), mixer=None)),
         ('Frozen', {}, dict(type='TunedBackbone', method=dict(type='Frozen'))),
         ('lora', dict(r=4, use_dora=True), dict(type='TunedBackbone', method=dict(type='LoRA', r=4, use_dora=True))),
         (
@@ -132,7 +140,7 @@ def test_types_as_classes_and_lazy_configs(tmp_path, monkeypatch):
         'from mmengine.config import read_base\nwith read_base():\n    from .base import *\nmodel.update(neck=None)\n'
     )
     tuned = e3va_mm.tune(tmp_path / 'lazy.py')
-    assert tuned.optim_wrapper.constructor == 'MergedGroupsConstructor'
+    assert tuned.optim_wrapper.constructor == 'HighwayRatesConstructor'
     tuned.dump(tmp_path / 'tuned.py')
     for each in (tuned, Config.fromfile(tmp_path / 'tuned.py')):
         backbone = MODELS.build(each.model.backbone)

@@ -15,14 +15,16 @@ from e3va_mm.optim import ADAMW_SHARE, parameters_by_origin
 
 
 def rates_of(tuned: Config):
-    """The learning rates of what is added, of output norms, and the weight decays of one-dimensional parameters."""
+    """The rates of adapters and mixers, of output norms, and the weight decays of one-dimensional parameters."""
     model = nn.Module()
     model.backbone, model.decode_head = MODELS.build(tuned.model.backbone), nn.Linear(2, 2)
     groups = build_optim_wrapper(model, tuned.optim_wrapper).optimizer.param_groups
     of = {id(each): group for group in groups for each in group['params']}
-    added, _ = parameters_by_origin(model)
+    added, stock = parameters_by_origin(model)
+    parts = [[each for name, each in added.items() if (name in stock) == is_norm] for is_norm in (False, True)]
     flat = [each for each in [*added.values(), *model.decode_head.parameters()] if each.ndim == 1]
-    return {of[id(each)]['lr'] for each in added.values()}, {of[id(each)]['weight_decay'] for each in flat}
+    decays = {of[id(each)]['weight_decay'] for each in flat}
+    return *({of[id(each)]['lr'] for each in part} for part in parts), decays
 
 
 LAYER_DECAY = {
@@ -37,9 +39,9 @@ LAYER_DECAY = {
 @pytest.mark.parametrize(('constructor', 'paramwise_cfg'), LAYER_DECAY.items())
 def test_layer_decay_ends_and_leaves_its_weight_decay(constructor, paramwise_cfg):
     given = dict(OPTIMIZER, constructor=constructor, paramwise_cfg=paramwise_cfg)
-    tuned = e3va_mm.tune(config(optim_wrapper=given), mixer=dict(width=8))
-    rates, decays = rates_of(tuned)
-    assert rates == {1e-3} and decays == {0.0}
+    tuned = e3va_mm.tune(config(optim_wrapper=given), 'e3va-paper', mixer=None)
+    rates, norms, decays = rates_of(tuned)
+    assert rates == norms == {1e-3} and decays == {0.0}
     assert tuned.optim_wrapper.paramwise_cfg.get('custom_keys', {}) == paramwise_cfg.get('custom_keys', {})
 
 
@@ -66,12 +68,36 @@ STOCK = [
 ]
 
 
+def base_rate(tuned: Config) -> float:
+    optimizer = tuned.optim_wrapper.optimizer
+    return optimizer.lr * (ADAMW_SHARE if optimizer.type == 'SGD' else 1)
+
+
 @pytest.mark.parametrize('name', STOCK, ids=[name.rpartition('/')[2] for name in STOCK])
 def test_what_stock_configs_add_learns_at_their_own_rate(name):
-    tuned = e3va_mm.tune(name, mixer=dict(width=8))
+    tuned = e3va_mm.tune(name, 'e3va-paper')
     backbone = tuned.model.backbone.backbone
     assert names_weights(SimpleNamespace(init_cfg=backbone.get('init_cfg')))
     init_default_scope(tuned.default_scope)
-    rates, _ = rates_of(tuned)
-    optimizer = tuned.optim_wrapper.optimizer
-    assert rates == {optimizer.lr * (ADAMW_SHARE if optimizer.type == 'SGD' else 1)}
+    rates, norms, _ = rates_of(tuned)
+    assert rates == {base_rate(tuned)} and norms <= rates
+
+
+@pytest.mark.parametrize('name', STOCK, ids=[name.rpartition('/')[2] for name in STOCK])
+def test_a_highway_with_mixers_learns_ten_times_as_fast(name):
+    tuned = e3va_mm.tune(name)
+    init_default_scope(tuned.default_scope)
+    rates, norms, _ = rates_of(tuned)
+    base = base_rate(tuned)
+    assert max(rates) == pytest.approx(min(10 * base, 0.01)) and norms <= {base}
+    # A mixer's norm has no fan-in; the widest stages, of ResNets, have 2048 channels.
+    assert base in rates and min(rates) >= min(base, max(rates) / 8)
+
+
+def test_without_mixers_the_highway_keeps_the_configs_rate():
+    for tuned in (
+        e3va_mm.tune(config(optim_wrapper=OPTIMIZER), mixer=None),
+        e3va_mm.tune(config(optim_wrapper=OPTIMIZER)),
+    ):
+        tuned.model.backbone.mixer = None  # as --cfg-options do
+        assert rates_of(tuned)[0] == {1e-3}

@@ -1,22 +1,6 @@
-# The demo with SGD, validated: small enough for a CPU.
-_base_ = '../../demo/nuclei.py'
-data_root = 'work_dirs/demo/data'
-val_dataloader = dict(
-    _delete_=True,
-    batch_size=1,
-    num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='BaseSegDataset',
-        data_root=data_root,
-        metainfo={{_base_.metainfo}},
-        img_suffix='.jpg',
-        seg_map_suffix='.png',
-        data_prefix=dict(img_path='images/val', seg_map_path='labels/val'),
-        pipeline={{_base_.test_pipeline}},
-    ),
+_base_ = './fcn_swin-nano_1xb4-240_demo.py'
+# One rate for all, so that SGD can train what is added as well.
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4),
+    paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=1)}),
 )
-val_cfg = dict(_delete_=True, type='ValLoop')
-val_evaluator = dict(_delete_=True, type='IoUMetric', iou_metrics=['mIoU'])
-train_cfg = dict(val_interval=240)
-optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4))

@@ -56,7 +56,7 @@ def test_a_highway_at_another_rate_is_found():
     trial = config.trial('e3va', pixels=64)
     failure = attempt(trial.build, trial.rates)
     assert failure['fails_at'] == 'rates'
-    assert 'backbone, such as highway.0' in failure['error']
+    assert 'highway.0.' in failure['error'] and 'of backbone trains at' in failure['error']
 
 
 def test_a_frozen_parameter_with_a_gradient_is_found():

@@ -25,7 +25,7 @@ def test_a_head_trains_behind_a_highway(name):
     assert attempt(*trial.steps()) == {}
     trained = {key for key, parameter in trial.model.named_parameters() if parameter.requires_grad}
     family = trial.model.backbone.family
-    expected = ('backbone.highway.', *(f'backbone.backbone.{norm}.' for norm in family.norm_names))
+    expected = ('backbone.highway.', 'backbone.mixers.', *(f'backbone.backbone.{norm}.' for norm in family.norm_names))
     assert all(key.startswith(expected) for key in trained if key.startswith('backbone.'))
     heads = {key for key, _ in trial.model.named_parameters() if not key.startswith('backbone.')}
     assert heads <= trained, 'heads and necks train as in the stock config'

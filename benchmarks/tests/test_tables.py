@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import accuracy, cost_tables, formats, pages
+from benchmarks import accuracy, cost_tables, formats, pages, recipe_tables
 from benchmarks.methods import label
 from benchmarks.plots import draw_accuracy, draw_growth
 
@@ -20,7 +20,7 @@ def rows_of(*runs, **named):
 
 
 def test_names_for_people():
-    assert label('e3va+bf16') == 'E³VA, as it comes'
+    assert label('e3va+bf16') == 'E³VA, bf16'
     assert label('e3va+rank4+mixer96+rate10') == 'E³VA + mixers, rate × 10'
     assert label('e3va+mixer64+taps-bf16+mixrate03') == "E³VA, mixers of width 64, bf16 taps, mixers' rate × 0.3"
 
@@ -63,6 +63,37 @@ def test_leads_are_of_equal_seeds():
 def test_a_detector_takes_the_rate_of_its_own():
     groups = {'camvid': {pages.LIGHT: ['a']}, 'bccd': {f'{pages.LIGHT}+rate10': ['b']}}
     assert [pages.runs_of(groups, data, pages.LIGHT) for data in ('camvid', 'bccd', 'nuclei')] == [['a'], ['b'], []]
+
+
+def recipe_file(path, leads):
+    """Of each method and learning rate on CamVid, two seeds that are ahead of 40 and 42 by a lead a backbone."""
+    runs = {}
+    for (method, rate), lead in leads.items():
+        for backbone, own in zip(('swin-nano', 'vit-tiny'), (1e-2, 3e-3)):
+            for seed, value in enumerate((40, 42)):
+                run = result(method, value + lead, CAMVID.replace('swin-nano', backbone), seed)
+                run.update(learning_rate=rate * own, date='2026-12-01', device='GPU')
+                runs[f'{method}{rate}{backbone}{seed}'] = run
+    path.write_text(json.dumps({'runs': runs}))
+    return path
+
+
+def test_rates_of_the_recipe_are_in_units_of_the_configs(tmp_path):
+    leads = {('e3va', 1): 0, ('mona', 1): 3, ('mona', 0.33): -2, ('mona', 2.9): 5}
+    values = recipe_tables.read_values(recipe_file(tmp_path / 'recipe.json', leads))
+    assert values['mona', 1 / 3]['camvid', 'vit-tiny'] == {0: 38, 1: 40}
+    assert recipe_tables.means(values['mona', 3])['camvid', 'swin-nano'] == 46
+    assert recipe_tables.lead(values, 'mona', 'e3va') == (3, 0, 4)
+
+
+def test_the_recipes_table_has_methods_with_all_combinations(tmp_path, monkeypatch):
+    path = recipe_file(tmp_path / 'recipe.json', {('full', 1): 2, ('e3va', 1): 0, ('mona', 1): 3, ('lora', 3): 3})
+    assert len(recipe_tables.format_recipe(path).splitlines()) == 2
+    monkeypatch.setattr(recipe_tables, 'COMBINATIONS', [('camvid', name) for name in ('swin-nano', 'vit-tiny')])
+    titles, _, *rows = recipe_tables.format_recipe(path).splitlines()
+    assert titles.startswith('| method | CamVid, Swin | CamVid, ViT | mean |')
+    assert rows[0] == '| E³VA | 41.0 | 41.0 | 41.0 |  |'
+    assert rows[1] == '| Mona | 44.0 | 44.0 | 44.0 | +3.0 ± 0.0 (4) |' and rows[2].startswith('| full fine-tuning |')
 
 
 def cost_rows(tmp_path, **overrides):
@@ -116,7 +147,7 @@ def test_scaling(tmp_path):
     path.write_text(json.dumps({'cases': {name: {**case, 'method': name, 'runs': [runs[name]]} for name in runs}}))
     text = pages.format_scaling(path)
     assert (
-        '| UPerNet Swin-L, 512², batch 4 a GPU | E³VA, as it comes | 2 | 4.9 GiB '
+        '| UPerNet Swin-L, 512², batch 4 a GPU | E³VA, bf16 | 2 | 4.9 GiB '
         '| 95 ms (94–95) | 96 ms (95–96) | 100 ms (98–104) | 0.95 |' in text
     )
     assert '| E³VA, bf16, BN in heads, frozen blocks sharded | 2 | 4.9 GiB |  |  | 100 ms (98–104) |  |' in text

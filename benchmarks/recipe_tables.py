@@ -1,0 +1,97 @@
+"""Tables of the recipe: methods on all small sets and backbones, at the rates of the sets' configs and around them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import statistics
+from pathlib import Path
+
+from mmengine.config import Config
+
+from benchmarks.accuracy import values_of
+from benchmarks.formats import table
+from benchmarks.grid import BACKBONES, DATASETS
+from benchmarks.methods import label
+from benchmarks.pages import SETS as TITLES
+from benchmarks.pages import source_line
+from benchmarks.training import ROOT
+
+SETS = {'camvid': 'CamVid', 'bccd': 'BCCD', 'nuclei': 'nuclei'}
+SHORT = {'swin-nano': 'Swin', 'vit-tiny': 'ViT', 'efficientnet-lite0': 'EffNet'}
+COMBINATIONS = [(dataset, backbone) for dataset in SETS for backbone in BACKBONES]
+# Of the configs' rate; what is nearest on a logarithmic scale.
+FACTORS = (1 / 3, 1, 3)
+PAPER, RECOMMENDED = 'e3va', 'e3va+rank4+mixer96+ownrate'
+SHOWN = ('frozen', 'lora', 'adapter', 'full', PAPER, RECOMMENDED)
+
+# By method and factor: by combination, a value a seed.
+Values = dict[tuple[str, float], dict[tuple[str, str], dict[int, float]]]
+
+
+def read_values(recipe: Path) -> Values:
+    """The metrics, in per cent, of all runs of ``reproduce.sh recipe``."""
+    found: Values = {}
+    for run in json.loads(recipe.read_text())['runs'].values():
+        dataset = Path(run['config']).parent.name
+        backbone = next(name for name in BACKBONES if name in run['config'])
+        ratio = run['learning_rate'] / own_rate(dataset, backbone)
+        factor = min(FACTORS, key=lambda each: abs(math.log(ratio / each)))
+        of_method = found.setdefault((run['method'], factor), {})
+        of_method.setdefault((dataset, backbone), {})[run['seed']] = values_of(dataset, [run])[0]
+    return found
+
+
+@functools.cache
+def own_rate(dataset: str, backbone: str) -> float:
+    config = DATASETS[dataset].format(f'e3va-{backbone}')
+    return Config.fromfile(ROOT / config).optim_wrapper.optimizer.lr
+
+
+def means(of_method: dict[tuple[str, str], dict[int, float]]) -> dict[tuple[str, str], float]:
+    return {combination: statistics.mean(seeds.values()) for combination, seeds in of_method.items()}
+
+
+def lead(values: Values, method: str, other: str, factor: float = 1) -> tuple[float, float, int]:
+    """Over another method on equal seeds of equal combinations: the mean lead, its standard error, how many pairs."""
+    own, others = values[method, factor], values[other, factor]
+    pairs = [
+        own[combination][seed] - others[combination][seed]
+        for combination in own.keys() & others.keys()
+        for seed in own[combination].keys() & others[combination].keys()
+    ]
+    return statistics.mean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5, len(pairs)
+
+
+def _rows(values: Values, factor: float) -> list[str]:
+    """The methods with all combinations at a factor, frozen first and full last, by their mean."""
+    complete = [name for name, each in values if each == factor and len(values[name, factor]) == len(COMBINATIONS)]
+
+    def order(method: str) -> tuple:
+        return (method == 'full') - (method == 'frozen'), statistics.mean(means(values[method, factor]).values())
+
+    return sorted(complete, key=order)
+
+
+def format_recipe(recipe: Path) -> str:
+    """Means of the seeds at the configs' rates; a row a method, a column a combination."""
+    values, lines = read_values(recipe), []
+    for method in _rows(values, 1):
+        of_method = means(values[method, 1])
+        cells = [f'{of_method[each]:.1f}' for each in COMBINATIONS]
+        ahead = '{:+.1f} ± {:.1f} ({})'.format(*lead(values, method, PAPER)) if method != PAPER else ''
+        lines.append([label(method), *cells, f'{statistics.mean(of_method.values()):.1f}', ahead])
+    titles = [f'{SETS[dataset]}, {SHORT[backbone]}' for dataset, backbone in COMBINATIONS]
+    return table(['method', *titles, 'mean', 'over E³VA (runs)'], lines)
+
+
+def format_recipe_means(recipe: Path) -> str:
+    """Means over backbones and seeds, at the configs' rates; a row a method, a column a data set."""
+    values, lines = read_values(recipe), []
+    runs = sorted(json.loads(recipe.read_text())['runs'].values(), key=lambda run: run['date'])
+    for method in SHOWN:
+        of_method = means(values[method, 1])
+        by_set = [statistics.mean(of_method[name, backbone] for backbone in BACKBONES) for name in SETS]
+        lines.append([label(method), *(f'{mean:.1f}' for mean in [*by_set, statistics.mean(of_method.values())])])
+    return table(['method', *TITLES.values(), 'mean'], lines) + source_line(runs, 'recipe')
