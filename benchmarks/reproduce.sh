@@ -93,23 +93,34 @@ seeds() {  # six more of what matters, and folds of BCCD
     folds --seeds 0 --methods $wide+{mixrate10,rate10,rate3} $wide+graph1+rate{5,20} $wide+graph2+rate5
 }
 
-# What may become the recipe or a default, and what it is compared with, on held-out images at a third, once and about three
-# times the rates of the sets' configs.
+# The recipe and what it is compared with, on held-out images at the rates of the sets' configs, and by two seeds at a third and
+# about three times these.
 recipe() {
-    local half='--train-args amp --held-out --schedule 0.5'
-    local once=() tuned=() rest=()
-    at() {  # data set, backbones, rate, the others
-        local on=(--and --datasets "$1" --backbones $2)
-        once+=("${on[@]}" --learning-rates "$3" --methods e3va $wide+ownrate adapter lora full frozen e3va+taps-float8+sampled $wide)
-        tuned+=("${on[@]}" --learning-rates $4 --methods e3va $wide+ownrate adapter lora)
-        rest+=("${on[@]}" --learning-rates $4 --methods full frozen $wide)
-        [[ $2 != swin-nano* ]] || tuned+=("${on[@]}" --backbones swin-nano --learning-rates $3 $4 --methods mona)
+    local once=() around=() last=()
+    at() {  # data set, backbones, rate, the others, more methods
+        # shellcheck disable=SC2206
+        local on=(--and --datasets "$1" --backbones $2) around_it=(--seeds 0 1 --learning-rates $4) at_it=(--learning-rates "$3")
+        once+=("${on[@]}" "${at_it[@]}" --methods e3va $wide{,+ownrate} adapter lora full frozen e3va+taps-float8+sampled "${@:5}")
+        around+=("${on[@]}" "${around_it[@]}" --methods $wide+ownrate adapter lora)
+        last+=("${on[@]}" "${around_it[@]}" --methods e3va full frozen)
+        [[ $2 != swin-nano* ]] || {
+            on+=(--backbones swin-nano)
+            once+=("${on[@]}" "${at_it[@]}" --methods mona $wide+graph1+ownrate)
+            around+=("${on[@]}" "${around_it[@]}" --methods mona)
+        }
     }
-    at bccd "$everywhere" 3e-4 '1e-3 1e-4'
+    at bccd "$everywhere" 3e-4 '1e-3 1e-4' e3va+{taps-float8,sampled}
     at camvid swin-nano 1e-2 '3e-3 3e-2'
     at camvid 'vit-tiny efficientnet-lite0' 3e-3 '1e-3 1e-2'
     at nuclei "$everywhere" 1e-3 '3e-4 3e-3'
-    train recipe $half --seeds ${SEEDS:-0 1 2} "${once[@]}" "${tuned[@]}" "${rest[@]}"
+    # shellcheck disable=SC2086
+    train recipe --train-args amp --held-out --schedule 0.5 --seeds ${SEEDS:-0 1 2} "${once[@]}" "${around[@]}" "${last[@]}"
+}
+
+recommended() {  # on test images
+    train recommended --train-args amp --backbones $everywhere \
+        --and --datasets camvid bccd nuclei --methods $wide+ownrate \
+        --and --datasets nuclei --backbones vit-tiny efficientnet-lite0 --methods frozen e3va full
 }
 
 # In fp32 but for what the options change.
@@ -247,7 +258,7 @@ several() {  # not in all: two GPUs that train together; BN in the heads does no
         --and $cascade --methods {frozen,lora}+bn
 }
 
-parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads recipe cost giants growth steps masks shared latency'
+parts='amp fits gradients accuracy variants seeds guard quantised_guard backbones heads recipe recommended cost giants growth steps masks shared latency'
 for part in ${*:-$parts}; do
     [[ " $parts operators several demo " == *" $part "* ]] || {
         echo "unknown part $part; known are $parts operators several demo" >&2
