@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.config import Config
@@ -26,6 +27,9 @@ FACTORS = (1 / 3, 1, 3)
 PAPER, RECOMMENDED = 'e3va', 'e3va+rank4+mixer96+ownrate'
 SHOWN = ('frozen', 'lora', 'adapter', 'full', PAPER, RECOMMENDED)
 
+# Of masks on nuclei: found at all, and with the right outline.
+OVERLAPS = {'coco/segm_mAP_50': 'AP50', 'coco/segm_mAP_75': 'AP75'}
+
 # By method and factor: by combination, a value a seed.
 Values = dict[tuple[str, float], dict[tuple[str, str], dict[int, float]]]
 
@@ -33,14 +37,19 @@ Values = dict[tuple[str, float], dict[tuple[str, str], dict[int, float]]]
 def read_values(recipe: Path) -> Values:
     """The metrics, in per cent, of all runs of ``reproduce.sh recipe``."""
     found: Values = {}
+    for method, factor, combination, run in _read(recipe):
+        of_method = found.setdefault((method, factor), {})
+        of_method.setdefault(combination, {})[run['seed']] = values_of(combination[0], [run])[0]
+    return found
+
+
+def _read(recipe: Path) -> Iterator[tuple[str, float, tuple[str, str], dict]]:
+    """The runs, each with its method, its learning rate in units of the config's, its data set and backbone."""
     for run in json.loads(recipe.read_text())['runs'].values():
         dataset = Path(run['config']).parent.name
         backbone = next(name for name in BACKBONES if name in run['config'])
         ratio = run['learning_rate'] / own_rate(dataset, backbone)
-        factor = min(FACTORS, key=lambda each: abs(math.log(ratio / each)))
-        of_method = found.setdefault((run['method'], factor), {})
-        of_method.setdefault((dataset, backbone), {})[run['seed']] = values_of(dataset, [run])[0]
-    return found
+        yield run['method'], min(FACTORS, key=lambda each: abs(math.log(ratio / each))), (dataset, backbone), run
 
 
 @functools.cache
@@ -95,3 +104,18 @@ def format_recipe_means(recipe: Path) -> str:
         by_set = [statistics.mean(of_method[name, backbone] for backbone in BACKBONES) for name in SETS]
         lines.append([label(method), *(f'{mean:.1f}' for mean in [*by_set, statistics.mean(of_method.values())])])
     return table(['method', *TITLES.values(), 'mean'], lines) + source_line(runs, 'recipe')
+
+
+def format_outlines(recipe: Path) -> str:
+    """Masks on nuclei that overlap by half and by three quarters, at the config's rate: means of the seeds."""
+    found: dict[tuple, list[float]] = {}
+    for method, factor, (dataset, backbone), run in _read(recipe):
+        if factor == 1 and dataset == 'nuclei':
+            for metric, name in OVERLAPS.items():
+                found.setdefault((method, backbone, name), []).append(100 * run['report']['metrics'][metric])
+    columns = [(backbone, name) for backbone in BACKBONES for name in OVERLAPS.values()]
+    lines = []
+    for method in SHOWN:
+        cells = [f'{statistics.mean(found[(method, *column)]):.1f}' for column in columns]
+        lines.append([label(method), *cells])
+    return table(['method', *(f'{SHORT[backbone]}, {name}' for backbone, name in columns)], lines)

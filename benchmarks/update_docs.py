@@ -17,12 +17,12 @@ from benchmarks.accuracy import format_runs, group_runs, with_more_seeds
 from benchmarks.cost_tables import load_rows, report
 from benchmarks.formats import table
 from benchmarks.plots import draw_accuracy, draw_growth, draw_shared
-from benchmarks.recipe_tables import format_recipe, format_recipe_means
+from benchmarks.recipe_tables import format_outlines, format_recipe, format_recipe_means
 from benchmarks.training import ROOT
 from e3va_mm.families.registry import TABLE
 
 RESULTS, REPORT = ROOT / 'benchmarks/results', 'benchmarks/README.md'
-TRAININGS = ('small_sets', 'folds', 'guard', 'quantised_guard', 'backbones', 'heads', 'sgd', 'rates')
+TRAININGS = ('small_sets', 'folds', 'guard', 'quantised_guard', 'backbones', 'heads', 'demo_rates', 'sgd', 'rates')
 TRAININGS += ('shapes_methods_cpu',)
 COSTS = ('swin', 'dinov2', 'resnet', 'methods', 'small_sets', 'mixers', 'cpu', 'cpu_sizes', 'cpu_mixers')
 
@@ -77,6 +77,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/methods.md', 'recipe_means', format_recipe_means, ('recipe',)),
     ('README.md', 'recipe_means', format_recipe_means, ('recipe',)),
     (REPORT, 'recipe', format_recipe, ('recipe',)),
+    (REPORT, 'outlines', format_outlines, ('recipe',)),
     ('docs/backbones.md', 'families', _families, ()),
     *(('docs/coverage.md', name, make, ('coverage',)) for name, make in COVERAGE.items()),
     (REPORT, 'before_after_cost', _costs, ('before_after_cost',)),

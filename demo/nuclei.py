@@ -58,6 +58,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=20, end=max_iters, by_epoch=False),
 ]
-optim_wrapper = dict(optimizer=dict(lr=3e-3))
+# For full fine-tuning; what `--tune` adds to the backbone does not learn more slowly.
+optim_wrapper = dict(optimizer=dict(lr=3e-3), paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1)}))
 default_hooks = dict(logger=dict(interval=2), checkpoint=dict(interval=max_iters))
 randomness = dict(seed=0)

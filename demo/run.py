@@ -29,14 +29,13 @@ from benchmarks.pages import DEMO, demo_cells
 from benchmarks.training import ROOT, provenance
 
 CONFIG = 'demo/nuclei.py'
-RATE, BACKBONE_RATE = 'optim_wrapper.optimizer.lr', 'optim_wrapper.paramwise_cfg.custom_keys.backbone.lr_mult'
-EXTENDED = ['model.backbone.adapter.rank=4', 'model.backbone.mixer.width=96', 'model.backbone.graph_stages=1']
-# Folder, flags of tools/train.py, and options. Rates are the better of two on a fifth of the training images, in mIoU:
-# frozen 62.7 (at 0.003: 60.9); under SegFormer's head E³VA 66.8 (at 0.003: 66.0), full 65.6 (at 0.001 for all: 56.3).
+RATE = 'optim_wrapper.optimizer.lr'
+# Folder, flags of tools/train.py, and options. Rates are the best of three on a fifth of the training images
+# (benchmarks/results/demo_rates.json).
 METHODS = {
     'frozen backbone': ('frozen', ['--tune', 'frozen'], [f'{RATE}=0.01']),
-    'E³VA, extended': ('e3va', ['--tune', 'e3va'], [f'{RATE}=0.01', *EXTENDED]),
-    'full fine-tuning': ('full', [], [f'{RATE}=0.003', f'{BACKBONE_RATE}=0.1']),
+    'E³VA': ('e3va', ['--tune', 'e3va'], [f'{RATE}=0.01']),
+    'full fine-tuning': ('full', [], [f'{RATE}=0.003']),
 }
 LINE = re.compile(r'Iter\((?:train|test)\) \[ *(\d+)/(\d+)\](?:.*peak_memory_mib: ([\d.]+)  step_seconds: ([\d.]+))?')
 NEXT = """
