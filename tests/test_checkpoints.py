@@ -145,6 +145,8 @@ def test_publish_and_back(model, weights, tmp_path):
     meta = {'cfg': cfg, 'dataset_meta': {'classes': ('a', 'b'), 'palette': [(1, 2, 3)]}}
     torch.save({'state_dict': model.state_dict(), 'meta': meta, 'optimizer': {}}, checkpoint)
     publish(checkpoint, tmp_path / 'adapter.safetensors')
+    modes = {path.stat().st_mode for path in (checkpoint, tmp_path / 'adapter.safetensors')}
+    assert len(modes) == 1, 'those who may read the one may read the other'
     unpublish(tmp_path / 'adapter.safetensors', tmp_path / 'back.pth')
     for name in ('adapter.safetensors', 'back.pth'):
         fresh = build(**pretrained(weights))

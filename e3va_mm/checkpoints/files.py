@@ -15,7 +15,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .errors import DamagedCheckpointError
 from .fingerprint import FINGERPRINT
@@ -139,7 +139,8 @@ def publish(checkpoint: str | Path, target: str | Path, half: bool = False) -> N
     }
     # Heads may have one tensor under several keys, which safetensors refuses: each key gets a copy.
     copies = {key: _halved(key, value) if half else value.clone() for key, value in state.items()}
-    save_file({key: value.contiguous() for key, value in copies.items()}, target, metadata)
+    # Not by save_file: what that writes, nobody else may read.
+    Path(target).write_bytes(save({key: value.contiguous() for key, value in copies.items()}, metadata))
 
 
 def _halved(key: str, value: torch.Tensor) -> torch.Tensor:
