@@ -110,9 +110,10 @@ recipe() {
         }
     }
     at bccd "$everywhere" 3e-4 '1e-3 1e-4' e3va+{taps-float8,sampled}
-    at camvid swin-nano 1e-2 '3e-3 3e-2'
-    at camvid 'vit-tiny efficientnet-lite0' 3e-3 '1e-3 1e-2'
-    at nuclei "$everywhere" 1e-3 '3e-4 3e-3'
+    # With mixers also at half of the highest rate of their own.
+    at camvid swin-nano 1e-2 '3e-3 3e-2' $wide+rate05
+    at camvid 'vit-tiny efficientnet-lite0' 3e-3 '1e-3 1e-2' $wide+rate2
+    at nuclei "$everywhere" 1e-3 '3e-4 3e-3' $wide+rate5
     # shellcheck disable=SC2086
     train recipe --train-args amp --held-out --schedule 0.5 --seeds ${SEEDS:-0 1 2} "${once[@]}" "${around[@]}" "${last[@]}"
 }
