@@ -195,7 +195,9 @@ growth() {  # with the size of images, and with that of the backbone; giants has
 }
 
 demo() {  # not in all: small enough for a CPU, on images that demo/run.py writes
-    train demo_rates --datasets demo --held-out --seeds 0 1 --learning-rates 1e-3 3e-3 1e-2 --methods $wide+ownrate frozen full
+    train demo_rates --datasets demo --held-out --seeds 0 1 \
+        --and --learning-rates 1e-3 3e-3 1e-2 --methods $wide+ownrate frozen full \
+        --and --learning-rates 3e-3 --backbones vit-tiny --methods e3va $wide+{ownrate,rate2}
     train sgd --datasets demo-sgd --held-out --seeds 0 1 \
         --methods frozen e3va{,+rate3,+rate10,+allsgd} adapter lora full $wide+ownrate
     train taps --held-out --backbones efficientnet-lite0 --methods e3va \
