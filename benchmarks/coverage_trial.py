@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.coverage_data import IMAGES, dicts_of, make_batch
 from e3va_mm.backbones.base import FrozenBackbone
-from e3va_mm.optim import ADAMW_SHARE, FACTOR, HIGHEST, WIDEST, fan_ins
+from e3va_mm.optim import ADAMW_SHARE, fan_ins, highway_rate
 
 POOL = 2**18
 
@@ -139,11 +139,11 @@ class Trial:
                 rate_of[id(parameter)], base_of[id(parameter)] = group['lr'], base
         for path, wrapper in wrappers(self.model).items():
             for name, key in [(name, id(p)) for name, p in wrapper.named_parameters() if p.requires_grad]:
-                expected = base_of.get(key)
-                if key in sums:
-                    expected = min(FACTOR * expected, HIGHEST) * min(1, WIDEST / sums[key])
-                if expected is None or not math.isclose(rate_of[key], expected):
-                    raise ValueError(f'{name} of {path} trains at {rate_of.get(key)}, not at {expected}')
+                if key not in rate_of:
+                    raise ValueError(f'{name} of {path} is not in the optimizer')
+                expected = highway_rate(base_of[key], sums[key]) if key in sums else base_of[key]
+                if not math.isclose(rate_of[key], expected):
+                    raise ValueError(f'{name} of {path} trains at {rate_of[key]}, not at {expected}')
 
     def initialise(self) -> None:
         with quick_draws():

@@ -15,11 +15,9 @@ from benchmarks.accuracy import values_of
 from benchmarks.formats import table
 from benchmarks.grid import BACKBONES, DATASETS
 from benchmarks.methods import label
-from benchmarks.pages import SETS as TITLES
-from benchmarks.pages import source_line
+from benchmarks.pages import SETS, source_line
 from benchmarks.training import ROOT
 
-SETS = {'camvid': 'CamVid', 'bccd': 'BCCD', 'nuclei': 'nuclei'}
 SHORT = {'swin-nano': 'Swin', 'vit-tiny': 'ViT', 'efficientnet-lite0': 'EffNet'}
 COMBINATIONS = [(dataset, backbone) for dataset in SETS for backbone in BACKBONES]
 # Of the configs' rate; what is nearest on a logarithmic scale.
@@ -91,7 +89,7 @@ def format_recipe(recipe: Path) -> str:
         cells = [f'{of_method[each]:.1f}' for each in COMBINATIONS]
         ahead = '{:+.1f} ± {:.1f} ({})'.format(*lead(values, method, PAPER)) if method != PAPER else ''
         lines.append([label(method), *cells, f'{statistics.mean(of_method.values()):.1f}', ahead])
-    titles = [f'{SETS[dataset]}, {SHORT[backbone]}' for dataset, backbone in COMBINATIONS]
+    titles = [f'{SETS[dataset].partition(",")[0]}, {SHORT[backbone]}' for dataset, backbone in COMBINATIONS]
     return table(['method', *titles, 'mean', 'over E³VA (runs)'], lines)
 
 
@@ -103,7 +101,7 @@ def format_recipe_means(recipe: Path) -> str:
         of_method = means(values[method, 1])
         by_set = [statistics.mean(of_method[name, backbone] for backbone in BACKBONES) for name in SETS]
         lines.append([label(method), *(f'{mean:.1f}' for mean in [*by_set, statistics.mean(of_method.values())])])
-    return table(['method', *TITLES.values(), 'mean'], lines) + source_line(runs, 'recipe')
+    return table(['method', *SETS.values(), 'mean'], lines) + source_line(runs, 'recipe')
 
 
 def format_outlines(recipe: Path) -> str:

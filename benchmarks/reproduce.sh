@@ -6,7 +6,7 @@
 # PYTHON     interpreter (default: .venv/bin/python)
 # JOBS       trainings at a time (default: 12, which keeps 16 cores busy). Processes take turns on a GPU, launch gaps
 #            included, unless CUDA MPS serves them (nvidia-cuda-mps-control -d): 0.6 in place of 2.3 s a step on nuclei.
-# SEEDS      of the part recipe, which takes long (default: 0 1 2)
+# SEEDS      of the part recipe at the configs' rates (default: 0 1 2)
 # COMMIT     recorded in the results (default: asked of git)
 # Trainings need data/camvid, data/bccd, data/nuclei and data/weights.
 set -uo pipefail

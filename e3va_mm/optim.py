@@ -144,7 +144,12 @@ class HighwayRatesConstructor(MergedGroupsConstructor):
 
     def _rate(self, parameter: nn.Parameter, base: float) -> float:
         fan_in = self._fan_ins.get(id(parameter))
-        return base if fan_in is None else min(FACTOR * base, HIGHEST) * min(1, WIDEST / fan_in)
+        return base if fan_in is None else highway_rate(base, fan_in)
+
+
+def highway_rate(base: float, fan_in: int) -> float:
+    """The rate of an adapter's or mixer's parameter beside mixers: see :class:`HighwayRatesConstructor`."""
+    return min(FACTOR * base, HIGHEST) * min(1, WIDEST / fan_in)
 
 
 def fan_ins(model: nn.Module) -> dict[int, int]:

@@ -27,8 +27,8 @@ _INNER, _ENTERS_INNER = 'backbone_cfg', ('ICNet',)
 _WRAPPERS = {cls.__name__: cls for cls in (E3VABackbone, TunedBackbone)}
 _E3VA_OPTIONS = list(inspect.signature(E3VABackbone.__init__).parameters)[2:]
 _TUNED_OPTIONS = ['frozen_dtype', 'init_cfg']
-# What is recommended beyond the paper's method, and the rates that mixers need.
-_RECIPE = dict(adapter=dict(rank=4), mixer=dict(width=96))
+# What is recommended, and the paper's method.
+_RECIPES = {'e3va': dict(adapter=dict(rank=4), mixer=dict(width=96)), 'e3va-paper': {}}
 _MERGED, _HIGHWAY_RATES = 'MergedGroupsConstructor', 'HighwayRatesConstructor'
 _STOCK_CONSTRUCTORS = ('DefaultOptimWrapperConstructor', 'ForceDefaultOptimWrapperConstructor')
 _HOOKS = ('ParameterTableHook', 'ResourceReportHook')
@@ -73,7 +73,7 @@ def tune(config: Config | str | Path, method: str = 'e3va', **options) -> Config
 
 def _wrapper(method: str, options: dict) -> dict:
     """The config of the wrapper, but for the backbone in it."""
-    names = {'e3va': None, 'e3va-paper': None, **{name.lower(): name for name in METHODS}}
+    names = {**dict.fromkeys(_RECIPES), **{name.lower(): name for name in METHODS}}
     if str(method).lower() not in names:
         near = difflib.get_close_matches(str(method).lower(), names, 1)
         hint = f'did you mean {near}? ' if near else ''
@@ -81,8 +81,7 @@ def _wrapper(method: str, options: dict) -> dict:
     name = names[method.lower()]
     if name is None:
         options = check_options('tune', options, _E3VA_OPTIONS)
-        recipe = _RECIPE if method.lower() == 'e3va' else {}
-        return dict(type='E3VABackbone', **_with_options(recipe, options))
+        return dict(type='E3VABackbone', **_with_options(_RECIPES[method.lower()], options))
     known, takes_any = known_options(METHODS[name])
     if not takes_any:
         check_options(f'tune by {name}', options, [*known, *_TUNED_OPTIONS])

@@ -1,11 +1,7 @@
 # Taps are the outputs of the same blocks, the skip connection added.
-_base_ = './fcn_efficientnet-lite0_1xb4-240_demo.py'
-custom_imports = dict(imports=['e3va_mm'], allow_failed_imports=False)
+_base_ = './fcn_e3va-efficientnet-lite0_1xb4-240_demo-branch-taps.py'
 model = dict(
     backbone=dict(
-        _delete_=True,
-        type='E3VABackbone',
-        backbone={{_base_.model.backbone}},
         taps=[
             dict(taps=['model.blocks.1.1'], dims=24),
             dict(taps=['model.blocks.2.1'], dims=40),
