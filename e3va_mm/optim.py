@@ -87,7 +87,7 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             super().add_params(params, module, prefix, is_dcn_module)
             return
-        with _without_paramwise_lines():
+        with _without_lines_a_parameter():
             super().add_params(params, module, prefix, is_dcn_module)
         if self.base_lr is not None:
             self._restore_rates(params, module)
@@ -170,12 +170,14 @@ def fan_ins(model: nn.Module) -> dict[int, int]:
 
 
 @contextlib.contextmanager
-def _without_paramwise_lines() -> Iterator[None]:
-    """Keeps mmengine's lines for each setting of each parameter, which may not be the last word, out of the log."""
+def _without_lines_a_parameter() -> Iterator[None]:
+    """Keeps mmengine's lines for each parameter out of the log: settings, which may not be the last word, and warnings
+    that what is frozen is skipped."""
     logger = MMLogger.get_current_instance()
 
     def is_other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith('paramwise_options')
+        message = record.getMessage()
+        return not (message.startswith('paramwise_options') or message.endswith('since its requires_grad=False'))
 
     logger.addFilter(is_other)
     try:

@@ -62,6 +62,7 @@ def test_the_log_has_a_line_a_group_and_none_that_does_not_hold():
         logger.removeHandler(listener)
     groups = wrapper.optimizer.param_groups
     expected = [f'{len(group["params"])} parameters: ' for group in groups]
+    assert not [line for line in lines if 'requires_grad' in line]
     lines = [line for line in lines if 'param' in line]
     assert [line[: len(start)] for line, start in zip(lines, expected)] == expected and len(lines) == len(groups)
 
