@@ -6,7 +6,6 @@
 # PYTHON     interpreter (default: .venv/bin/python)
 # JOBS       trainings at a time (default: 12, which keeps 16 cores busy). Processes take turns on a GPU, launch gaps
 #            included, unless CUDA MPS serves them (nvidia-cuda-mps-control -d): 0.6 in place of 2.3 s a step on nuclei.
-# SEEDS      of the part recipe at the configs' rates (default: 0 1 2)
 # COMMIT     recorded in the results (default: asked of git)
 # Trainings need data/camvid, data/bccd, data/nuclei and data/weights.
 set -uo pipefail
@@ -93,29 +92,28 @@ seeds() {  # six more of what matters, and folds of BCCD
     folds --seeds 0 --methods $wide+{mixrate10,rate10,rate3} $wide+graph1+rate{5,20} $wide+graph2+rate5
 }
 
-# The recipe and what it is compared with, on held-out images at the rates of the sets' configs, and by two seeds at a third and
-# about three times these.
+# The recipe and what it is compared with, on held-out images: at the rates of the sets' configs by three seeds, and at a third
+# and about three times these, all by one seed before any has two.
 recipe() {
-    local once=() around=() last=()
+    local own=() around=()
     at() {  # data set, backbones, rate, the others, more methods
         # shellcheck disable=SC2206
-        local on=(--and --datasets "$1" --backbones $2) around_it=(--seeds 0 1 --learning-rates $4) at_it=(--learning-rates "$3")
-        once+=("${on[@]}" "${at_it[@]}" --methods e3va $wide{,+ownrate} adapter lora full frozen e3va+taps-float8+sampled "${@:5}")
-        around+=("${on[@]}" "${around_it[@]}" --methods $wide+ownrate adapter lora)
-        last+=("${on[@]}" "${around_it[@]}" --methods e3va full frozen)
+        local on=(--and --datasets "$1" --backbones $2) others=(e3va adapter lora full frozen)
+        own+=("${on[@]}" --learning-rates "$3" --methods $wide{+ownrate,} "${others[@]}" e3va+taps-float8+sampled "${@:5}")
+        around+=("${on[@]}" --learning-rates $4 --seeds SEED --methods $wide+ownrate "${others[@]}")
         [[ $2 != swin-nano* ]] || {
             on+=(--backbones swin-nano)
-            once+=("${on[@]}" "${at_it[@]}" --methods mona $wide+graph1+ownrate)
-            around+=("${on[@]}" "${around_it[@]}" --methods mona)
+            own+=("${on[@]}" --learning-rates "$3" --methods mona $wide+graph1+ownrate)
+            around+=("${on[@]}" --learning-rates $4 --seeds SEED --methods mona)
         }
     }
+    # Where the highest rate of the highway's own decides, also at 0.003.
     at bccd "$everywhere" 3e-4 '1e-3 1e-4' e3va+{taps-float8,sampled}
-    # With mixers also at half of the highest rate of their own.
-    at camvid swin-nano 1e-2 '3e-3 3e-2' $wide+rate05
-    at camvid 'vit-tiny efficientnet-lite0' 3e-3 '1e-3 1e-2' $wide+rate2
-    at nuclei "$everywhere" 1e-3 '3e-4 3e-3' $wide+rate5
-    # shellcheck disable=SC2086
-    train recipe --train-args amp --held-out --schedule 0.5 --seeds ${SEEDS:-0 1 2} "${once[@]}" "${around[@]}" "${last[@]}"
+    at camvid swin-nano 1e-2 '3e-3 3e-2' $wide+rate03
+    at camvid 'vit-tiny efficientnet-lite0' 3e-3 '1e-3 1e-2'
+    at nuclei "$everywhere" 1e-3 '3e-4 3e-3' $wide+rate3
+    train recipe --train-args amp --held-out --schedule 0.5 --seeds 0 1 2 "${own[@]}" "${around[@]/#SEED/0}" \
+        "${around[@]/#SEED/1}" --and --datasets bccd --backbones $everywhere --learning-rates 1e-3 --seeds 0 --methods $wide+rate3
 }
 
 recommended() {  # on test images
@@ -141,7 +139,7 @@ backbones() { train backbones --train-args amp --backbones vit-tiny efficientnet
 # In fp32, and fewer at a time: Mask2Former takes up to 10 GB.
 heads() {
     JOBS=8 train heads --backbones vit-tiny efficientnet-lite0 --seeds 0 1 \
-        --datasets nuclei-mask2former bccd-faster-rcnn camvid-segformer --methods frozen e3va full $wide
+        --datasets nuclei-mask2former bccd-faster-rcnn camvid-segformer --methods frozen e3va full $wide+ownrate
 }
 
 on_set() {  # name of the result, images, config, options
