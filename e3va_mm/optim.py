@@ -25,7 +25,7 @@ _FACTORS = ('lr_mult', 'lr_scale')
 # Of SGD's rate, for what AdamW trains beside: 0.001 where heads learn at 0.02.
 ADAMW_SHARE = 0.05
 # The rate of a highway with mixers: how many times the config's, the most, and the fan-in behind which it falls.
-FACTOR, HIGHEST, WIDEST = 10, 0.01, 256
+FACTOR, HIGHEST, WIDEST = 10, 0.005, 256
 
 
 @OPTIMIZERS.register_module()
@@ -126,8 +126,8 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
 class HighwayRatesConstructor(MergedGroupsConstructor):
     """:class:`MergedGroupsConstructor`, but a highway with mixers learns at a rate of its own, by Adam.
 
-    It is ten times the optimizer's own, at most 0.01, and falls behind more than 256 elements:
-    ``min(10 lr, 0.01) * min(1, 256 / fan_in)``. Output norms keep the optimizer's. An entry of ``custom_keys`` with an
+    It is ten times the optimizer's own, at most 0.005, and falls behind more than 256 elements:
+    ``min(10 lr, 0.005) * min(1, 256 / fan_in)``. Output norms keep the optimizer's. An entry of ``custom_keys`` with an
     ``lr_mult`` that names a part is a factor of the optimizer's rate, and holds.
 
     Adam moves each element by about the rate, whatever its gradient, and a product by the rate times the number of
