@@ -89,9 +89,10 @@ def test_a_highway_with_mixers_learns_ten_times_as_fast(name):
     init_default_scope(tuned.default_scope)
     rates, norms, _ = rates_of(tuned)
     base = base_rate(tuned)
-    assert max(rates) == pytest.approx(min(10 * base, 0.01)) and norms <= {base}
+    highest = max(rates - {base})
+    assert highest == pytest.approx(min(10 * base, 0.005)) and norms <= {base}
     # A mixer's norm has no fan-in; the widest stages, of ResNets, have 2048 channels.
-    assert base in rates and min(rates) >= min(base, max(rates) / 8)
+    assert base in rates and min(rates) >= min(base, highest / 8)
 
 
 def test_without_mixers_the_highway_keeps_the_configs_rate():
