@@ -117,9 +117,10 @@ recipe() {
 }
 
 recommended() {  # on test images
-    train recommended --train-args amp --backbones $everywhere \
-        --and --datasets camvid bccd nuclei --methods $wide+ownrate \
-        --and --datasets nuclei --backbones vit-tiny efficientnet-lite0 --methods frozen e3va full
+    train recommended --train-args amp --methods $wide+ownrate \
+        --and --datasets nuclei camvid bccd \
+        --and --datasets camvid bccd --backbones vit-tiny efficientnet-lite0 \
+        --and --datasets nuclei --backbones vit-tiny efficientnet-lite0 --methods $wide+ownrate frozen e3va full
 }
 
 # In fp32 but for what the options change.
