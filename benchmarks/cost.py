@@ -175,7 +175,9 @@ def main() -> None:
     cases = {name: case for each in parsed for name, case in plan(each).items()}
     out, failed, started = Path(args.out), 0, time.monotonic()
     content = json.loads(out.read_text()) if out.is_file() else {'cases': {}}
-    counts = {name: len(content['cases'].get(name, {}).get('runs', ())) for name in cases}
+    known = content['cases']
+    other_cards = {name for name in cases.keys() & known if known[name].get('cards') != cases[name].get('cards')}
+    counts = {name: 0 if name in other_cards else len(known.get(name, {}).get('runs', ())) for name in cases}
     jobs = jobs_of(cases, args.measure, args.together)
     missing = []
     for repeat, job in itertools.product(range(args.repeats), jobs):
@@ -198,11 +200,14 @@ def main() -> None:
                 continue
             for name, result in zip(job, runs):
                 print(f'{name}: {result}', flush=True)
-                record(content['cases'], name, cases[name], result)
-                content['cases'][name].update(provenance(args.commit))
+                if name in other_cards:
+                    other_cards.remove(name)
+                    del known[name]
+                record(known, name, cases[name], result)
+                known[name].update(provenance(args.commit))
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(content, indent=1) + '\n')
-    if content['cases']:
+    if known:
         print(report(load_rows(out)))
     if failed:
         sys.exit(f'{failed} measurements failed; what ran is in {out}')

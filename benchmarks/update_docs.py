@@ -22,7 +22,7 @@ from benchmarks.training import ROOT
 from e3va_mm.families.registry import TABLE
 
 RESULTS, REPORT = ROOT / 'benchmarks/results', 'benchmarks/README.md'
-TRAININGS = ('small_sets', 'folds', 'guard', 'quantised_guard', 'backbones', 'heads', 'rates')
+TRAININGS = ('small_sets', 'folds', 'guard', 'quantised_guard', 'backbones', 'heads', 'recommended', 'rates')
 TRAININGS += ('demo_rates', 'taps', 'sgd', 'shapes_methods_cpu')
 COSTS = ('swin', 'dinov2', 'resnet', 'methods', 'small_sets', 'mixers', 'cpu', 'cpu_sizes', 'cpu_mixers')
 

@@ -157,3 +157,25 @@ def test_masks_come_from_the_host_in_each_step():
 def test_every_task_and_size_has_its_config():
     args = argparse.Namespace(configs=[], tasks=list(cost.TASKS), sizes=list(cost.SIZES))
     assert len(cost.models(args)) == 12
+
+
+def test_other_cards_are_measured_anew(tmp_path, monkeypatch):
+    """And what the file had of a case goes when its successor is there, no sooner."""
+    out, results = tmp_path / 'out.json', []
+    monkeypatch.setattr(cost, 'run_job', lambda *args: results.pop(0))
+
+    def run(*cards):
+        options = ['--measure', 'fits', '--out', str(out), '--cards', *cards, *SMALL, '--methods', 'full']
+        monkeypatch.setattr('sys.argv', ['cost.py', *options])
+        cost.main()
+        (case,) = json.loads(out.read_text())['cases'].values()
+        return case['cards'], case['runs']
+
+    old, new = ({'largest': largest, 'most_images': 16} for largest in ({'8': 2}, {'8': 2, '48': 9}))
+    results.append([old])
+    assert run('8') == run('8') == ([8], [old])
+    results.append('out of memory')
+    with pytest.raises(SystemExit):
+        run('8', '48')
+    results.append([new])
+    assert run('8', '48') == ([8, 48], [new])
