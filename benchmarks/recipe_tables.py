@@ -71,6 +71,20 @@ def lead(values: Values, method: str, other: str, factor: float = 1) -> tuple[fl
     return statistics.mean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5, len(pairs)
 
 
+def change(values: Values, method: str, factor: float) -> tuple[float, int]:
+    """From the configs' rates to a factor of these, on equal seeds: the mean over combinations, and their number."""
+    there, here = values.get((method, factor), {}), values[method, 1]
+    differences = [
+        [
+            there[combination][seed] - here[combination][seed]
+            for seed in there[combination].keys() & here[combination].keys()
+        ]
+        for combination in there.keys() & here.keys()
+    ]
+    changes = [statistics.mean(each) for each in differences if each]
+    return (statistics.mean(changes), len(changes)) if changes else (math.nan, 0)
+
+
 def _rows(values: Values, factor: float) -> list[str]:
     """The methods with all combinations at a factor, frozen first and full last, by their mean."""
     complete = [name for name, each in values if each == factor and len(values[name, factor]) == len(COMBINATIONS)]
@@ -91,6 +105,18 @@ def format_recipe(recipe: Path) -> str:
         lines.append([label(method), *cells, f'{statistics.mean(of_method.values()):.1f}', ahead])
     titles = [f'{SETS[dataset].partition(",")[0]}, {SHORT[backbone]}' for dataset, backbone in COMBINATIONS]
     return table(['method', *titles, 'mean', 'over E³VA (runs)'], lines)
+
+
+def format_around(recipe: Path) -> str:
+    """What other rates than the configs' change: a row a method, a column a factor."""
+    values, factors = read_values(recipe), (min(FACTORS), max(FACTORS))
+
+    def cell(method: str, factor: float) -> str:
+        mean, number = change(values, method, factor)
+        return f'{mean:+.1f} ({number})' if number else '–'
+
+    lines = [[label(method), *(cell(method, factor) for factor in factors)] for method in SHOWN]
+    return table(['method', 'rates / 3 (combinations)', 'rates × 3 (combinations)'], lines)
 
 
 def format_recipe_means(recipe: Path) -> str:

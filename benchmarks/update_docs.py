@@ -17,7 +17,7 @@ from benchmarks.accuracy import format_runs, group_runs, with_more_seeds
 from benchmarks.cost_tables import load_rows, report
 from benchmarks.formats import table
 from benchmarks.plots import draw_accuracy, draw_growth, draw_shared
-from benchmarks.recipe_tables import format_outlines, format_recipe, format_recipe_means
+from benchmarks.recipe_tables import format_around, format_outlines, format_recipe, format_recipe_means
 from benchmarks.training import ROOT
 from e3va_mm.families.registry import TABLE
 
@@ -77,6 +77,7 @@ SECTIONS: list[tuple[str, str, Callable[..., str], tuple[str, ...]]] = [
     ('docs/methods.md', 'recipe_means', format_recipe_means, ('recipe',)),
     ('README.md', 'recipe_means', format_recipe_means, ('recipe',)),
     (REPORT, 'recipe', format_recipe, ('recipe',)),
+    (REPORT, 'around', format_around, ('recipe',)),
     (REPORT, 'outlines', format_outlines, ('recipe',)),
     ('docs/backbones.md', 'families', _families, ()),
     *(('docs/coverage.md', name, make, ('coverage',)) for name, make in COVERAGE.items()),

@@ -84,6 +84,16 @@ def test_rates_of_the_recipe_are_in_units_of_the_configs(tmp_path):
     assert values['mona', 1 / 3]['camvid', 'vit-tiny'] == {0: 38, 1: 40}
     assert recipe_tables.means(values['mona', 3])['camvid', 'swin-nano'] == 46
     assert recipe_tables.lead(values, 'mona', 'e3va') == (3, 0, 4)
+    del values['mona', 3]['camvid', 'swin-nano'], values['mona', 1 / 3]['camvid', 'vit-tiny'][0]
+    assert [recipe_tables.change(values, 'mona', factor) for factor in (1 / 3, 3)] == [(-5, 2), (2, 1)]
+    assert recipe_tables.change(values, 'e3va', 3)[1] == 0
+
+
+def test_changes_around_the_configs_rates(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_tables, 'SHOWN', ('full', 'e3va'))
+    leads = {('full', 1): 2, ('full', 0.3): 0.5, ('full', 3): 2.25, ('e3va', 1): 0, ('e3va', 3): 1}
+    _, _, *rows = recipe_tables.format_around(recipe_file(tmp_path / 'recipe.json', leads)).splitlines()
+    assert rows == ['| full fine-tuning | -1.5 (2) | +0.2 (2) |', '| E³VA | – | +1.0 (2) |']
 
 
 def test_the_recipes_table_has_methods_with_all_combinations(tmp_path, monkeypatch):
